@@ -1,0 +1,37 @@
+// Argument checks of the ops. Every message says: which op and argument, what it got, the rule, and
+// where it helps, the fix. marlin/_library.py states the same rules for fake tensors; a test compares
+// the two word for word.
+#pragma once
+
+#include <string>
+
+#include "ops/torch_stable.h"
+
+namespace marlin::ops {
+
+// A packed weight's sizes, told from its tensors.
+struct WeightShape {
+  int64_t n, k, groups, group_size;
+};
+
+void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType wanted);
+void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* layout);
+void check_contiguous(const char* op, const char* name, const Tensor& t);
+void check_same_device(const char* op, const char* name, const Tensor& t, const char* reference_name,
+                       const Tensor& reference);
+
+// int32 [ceil(n/64), ceil(k/64), 512], contiguous.
+void check_packed(const char* op, const Tensor& qweight);
+
+// qweight, scales, zeros and perm against each other and against k input features.
+WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales,
+                         const OptionalTensor& zeros, const OptionalTensor& perm, int64_t k);
+
+// A permutation of 0..k-1, read entry by entry: copied to the CPU first where it is on a GPU.
+void check_permutation(const char* op, const Tensor& perm, int64_t k);
+
+// perm's entries lie in 0..k-1. Only for CPU tensors: on a GPU this would wait for the device, so
+// there the kernels never follow an index out of range (gemm gives NaN for it).
+void check_range_on_cpu(const char* op, const OptionalTensor& perm, int64_t k);
+
+}  // namespace marlin::ops
