@@ -1,0 +1,31 @@
+"""Fast 4-bit-weight matrix multiplication for LLM inference, as PyTorch ops and layers."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from marlin import _library as _library  # loads torch.ops.marlin
+from marlin.convert import ConversionReport, convert
+from marlin.formats.checkpoint import CheckpointError
+from marlin.linear import MarlinLinear
+from marlin.load import load
+from marlin.replace import ReplaceReport, replace_linear
+from marlin.verify import VerifyReport, verify
+
+try:
+    __version__ = version("marlin")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+source"
+
+__all__ = [
+    "CheckpointError",
+    "ConversionReport",
+    "MarlinLinear",
+    "ReplaceReport",
+    "VerifyReport",
+    "__version__",
+    "convert",
+    "load",
+    "replace_linear",
+    "verify",
+]

@@ -1,0 +1,33 @@
+"""Shared fixtures. Tests that take `device` run on the CPU and, marked `gpu`, on a CUDA device."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # reference.py, operands.py, checkpoints.py
+
+import marlin  # noqa: E402, F401 - loads the ops
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device of compute capability 8.0 or later")
+    config.addinivalue_line("markers", "multi_gpu: needs two CUDA devices")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for item in items:
+        wanted = 2 if item.get_closest_marker("multi_gpu") else 1
+        if item.get_closest_marker("gpu") and devices < wanted:
+            reason = f"needs {wanted} CUDA device(s), found {devices}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name

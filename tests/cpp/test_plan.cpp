@@ -1,0 +1,113 @@
+// The planner: every problem gets a kernel that fits, and its partition does all work exactly once.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "plan/plan.h"
+
+namespace {
+
+using namespace marlin::plan;
+
+Device device_of(int sm, int sms) { return {sm, sms, shared_bytes_of(sm)}; }
+
+const std::vector<Device> kDevices = {device_of(80, 108), device_of(86, 84), device_of(89, 142),
+                                      device_of(90, 132), device_of(120, 188)};
+
+TEST(Plan, TableIsNumberedAndNamed) {
+  std::map<std::string, int> names;
+  int id = 0;
+  for (const Kernel& kernel : kernels()) {
+    EXPECT_EQ(kernel.id, id++);
+    EXPECT_EQ(++names[kernel.name()], 1) << kernel.name() << " stands twice in the table";
+    EXPECT_STRNE(kernel.reason, "");
+    EXPECT_LE(kernel.tile.threads(), 1024);
+  }
+}
+
+TEST(Plan, EveryDeviceHasAKernelThatFits) {
+  for (const Device& device : kDevices) {
+    for (int64_t m : {1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 100, 4099}) {
+      const Plan plan = select({m, 4096, 4096, 128, device});
+      EXPECT_LE(plan.kernel.tile.shared_bytes(), device.shared_bytes);
+      EXPECT_GE(plan.kernel.tile.tokens, std::min<int64_t>(m, 64));
+    }
+  }
+}
+
+TEST(Plan, DeviceWithoutKernelsIsRefused) {
+  EXPECT_THROW(select({1, 64, 64, 64, device_of(75, 40)}), std::runtime_error);
+}
+
+// What the kernels do with a partition, in miniature: blocks walk their units and note, per tile,
+// which part of k they did and where they left it; the reduction must find exactly that.
+void check_partition(const Problem& problem) {
+  const Plan plan = select(problem);
+  const Partition& part = plan.partition;
+  ASSERT_GE(part.row_tiles * int64_t{plan.kernel.tile.rows()}, problem.n);
+  ASSERT_GE(part.token_tiles * int64_t{plan.kernel.tile.tokens}, problem.m);
+  ASSERT_GE(part.units_per_tile * int64_t{plan.kernel.tile.stage_k()}, problem.k);
+  ASSERT_LE(part.blocks, problem.device.sm_count);
+  ASSERT_LT(part.units_per_block, int64_t{1} << 31);
+
+  struct Segment {
+    int64_t block, slot, begin, end;
+  };
+  std::map<int64_t, std::vector<Segment>> tiles;
+  for (int64_t block = 0; block < part.blocks; ++block) {
+    const int64_t begin = block * part.units_per_block;
+    const int64_t end = std::min(begin + part.units_per_block, part.units());
+    ASSERT_LT(begin, end) << "an idle block";
+    std::vector<bool> used(2, false);
+    for (int64_t unit = begin, segment = 0; unit < end; ++segment) {
+      const int64_t tile = unit / part.units_per_tile;
+      const int64_t stop = std::min((tile + 1) * part.units_per_tile, end);
+      const int64_t slot = std::min<int64_t>(segment, 1);  // as Gemm::run numbers them
+      if (stop - unit < part.units_per_tile) {
+        ASSERT_FALSE(used[slot]) << "two partial tiles in one slot";
+        used[slot] = true;
+        ASSERT_EQ(part.slot(block, tile), slot);
+      }
+      tiles[tile].push_back({block, slot, unit, stop});
+      unit = stop;
+    }
+  }
+  ASSERT_EQ(static_cast<int64_t>(tiles.size()), part.tiles());
+  for (const auto& [tile, segments] : tiles) {
+    ASSERT_EQ(part.first_block(tile), segments.front().block);
+    ASSERT_EQ(part.last_block(tile), segments.back().block);
+    int64_t at = tile * part.units_per_tile;
+    for (const Segment& segment : segments) {
+      ASSERT_EQ(segment.begin, at) << "k is not covered in order";
+      at = segment.end;
+    }
+    ASSERT_EQ(at, (tile + 1) * part.units_per_tile);
+    if (segments.size() > 1) {
+      ASSERT_TRUE(part.splits_tiles());
+      ASSERT_GT(plan.workspace_bytes, 0);
+    }
+  }
+}
+
+TEST(Plan, PartitionDoesEverythingOnce) {
+  std::mt19937 random(3);
+  const auto up_to = [&](int64_t most) { return 1 + static_cast<int64_t>(random() % most); };
+  for (int i = 0; i < 3000; ++i) {
+    Problem problem{up_to(i % 3 ? 70 : 600), up_to(9000), up_to(9000), 128,
+                    kDevices[random() % kDevices.size()]};
+    if (i % 5 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
+    ASSERT_NO_FATAL_FAILURE(check_partition(problem))
+        << problem.m << " x " << problem.n << " x " << problem.k << " on "
+        << problem.device.sm_count;
+  }
+}
+
+TEST(Plan, LargestProblemsDoNotOverflow) {
+  check_partition({65536, 106496, 53248, 128, device_of(90, 132)});
+}
+
+}  // namespace

@@ -1,0 +1,81 @@
+"""Random operands for the tests, and what a test needs to say about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import reference
+import torch
+from torch import Tensor
+
+GROUP_SIZES = (32, 64, 128, -1)
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Weight:
+    """The tensors of a packed weight and its integers ``q``, uint8 [N, K]."""
+
+    q: Tensor
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def k(self) -> int:
+        return self.q.size(1)
+
+    def gemm(self, x: Tensor) -> Tensor:
+        return torch.ops.marlin.gemm(
+            x, self.qweight, self.scales, self.zeros, self.perm, self.bias
+        )
+
+    def dense64(self) -> Tensor:
+        return reference.dequantize64(self.qweight, self.scales, self.zeros, self.perm, self.k)
+
+
+def groups_of(k: int, group_size: int) -> int:
+    return 1 if group_size == -1 else reference.ceil_div(k, group_size)
+
+
+def make_weight(
+    n: int,
+    k: int,
+    group_size: int = 128,
+    *,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cpu",
+    zeros: bool = False,
+    perm: bool = False,
+    bias: bool = False,
+    integers: bool = False,
+    seed: int = 0,
+) -> Weight:
+    """A random weight. ``integers``: scales of 1, so that products with integers are integers."""
+    g = torch.Generator().manual_seed(seed)
+    groups = groups_of(k, group_size)
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=g)
+    scales = torch.rand(groups, n, generator=g) * 0.02 + 0.001
+    if integers:
+        scales = torch.ones(groups, n)
+    tensors = {
+        "q": q,
+        "qweight": reference.pack(q),
+        "scales": scales.to(dtype),
+        "zeros": torch.randint(0, 16, (groups, n), dtype=torch.uint8, generator=g),
+        "perm": torch.randperm(k, generator=g).int(),
+        "bias": torch.randn(n, generator=g).to(dtype),
+    }
+    if integers:
+        tensors["bias"] = torch.randint(-8, 9, (n,), generator=g).to(dtype)
+    wanted = {"zeros": zeros, "perm": perm, "bias": bias}
+    return Weight(**{
+        name: t.to(device) if wanted.get(name, True) else None for name, t in tensors.items()
+    })
+
+
+def make_input(m: int, k: int, *, dtype: torch.dtype, device: str = "cpu", seed: int = 1) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(m, k, generator=g).to(dtype).to(device)

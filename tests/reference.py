@@ -1,0 +1,142 @@
+"""The packed format and the GEMM, written a second time in plain torch: the oracle of the tests.
+
+Nothing here calls the extension. The index maps restate the specification in ``csrc/README.md``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # a packed block is 64 output features x 64 input features
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _block_maps() -> tuple[Tensor, Tensor]:
+    """Row and column, inside a block, of (thread, word, nibble): two int64 tensors [128, 4, 8]."""
+    thread = torch.arange(128).view(128, 1, 1)
+    word = torch.arange(4).view(1, 4, 1)
+    nibble = torch.arange(8).view(1, 1, 8)
+    warp, lane = thread // 32, thread % 32
+    register, half = nibble % 4, nibble // 4
+    row = 16 * warp + lane // 4 + 8 * (register % 2) + 0 * word
+    col = 16 * word + 2 * (lane % 4) + half + 8 * (register // 2)
+    return row.expand(128, 4, 8), col.expand(128, 4, 8)
+
+
+ROW, COL = _block_maps()
+
+
+def pack(q: Tensor) -> Tensor:
+    """uint8 [N, K] of 0..15 -> int32 [ceil(N/64), ceil(K/64), 512]; padding nibbles are 0."""
+    n, k = q.shape
+    nb, kb = ceil_div(n, BLOCK), ceil_div(k, BLOCK)
+    padded = torch.zeros(nb * BLOCK, kb * BLOCK, dtype=torch.int64)
+    padded[:n, :k] = q.cpu().long()
+    blocks = padded.view(nb, BLOCK, kb, BLOCK).permute(0, 2, 1, 3)
+    nibbles = blocks[:, :, ROW, COL]  # [nb, kb, 128, 4, 8]
+    word = (nibbles << (4 * torch.arange(8))).sum(-1)
+    word = ((word << 2) | (word >> 30)) & 0xFFFFFFFF  # rotate left by 2
+    word = torch.where(word >= 2**31, word - 2**32, word)
+    return word.to(torch.int32).reshape(nb, kb, 512).to(q.device)
+
+
+def unpack(qweight: Tensor, n: int, k: int) -> Tensor:
+    """The inverse of :func:`pack`: uint8 [n, k]."""
+    nb, kb, _ = qweight.shape
+    word = qweight.cpu().long().view(nb, kb, 128, 4) & 0xFFFFFFFF
+    word = ((word >> 2) | (word << 30)) & 0xFFFFFFFF  # rotate right by 2
+    nibbles = (word.unsqueeze(-1) >> (4 * torch.arange(8))) & 15
+    blocks = torch.zeros(nb, kb, BLOCK, BLOCK, dtype=torch.int64)
+    blocks[:, :, ROW, COL] = nibbles
+    q = blocks.permute(0, 2, 1, 3).reshape(nb * BLOCK, kb * BLOCK)
+    return q[:n, :k].to(torch.uint8).to(qweight.device)
+
+
+def group_of_column(k: int, groups: int) -> Tensor:
+    """The group of each packed column: int64 [k]."""
+    if groups == 1:
+        return torch.zeros(k, dtype=torch.int64)
+    sizes = [g for g in (32, 64, 128) if ceil_div(k, g) == groups]
+    if len(sizes) != 1:
+        raise ValueError(f"{groups} groups do not fit k={k}")
+    return torch.arange(k) // sizes[0]
+
+
+def dequantize64(
+    qweight: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, k: int
+) -> Tensor:
+    """The weight as fp64 [N, K], in the order of the layer's own input features."""
+    n = scales.size(1)
+    q = unpack(qweight, n, k).cpu().double()
+    group = group_of_column(k, scales.size(0))
+    z = 8.0 if zeros is None else zeros.cpu().double()[group].T
+    w = (q - z) * scales.cpu().double()[group].T
+    if perm is not None:
+        restored = torch.empty_like(w)
+        restored[:, perm.cpu().long()] = w
+        w = restored
+    return w.to(qweight.device)
+
+
+def gemm64(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    perm: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x [..., K] times the dequantised weight, in fp64: [..., N]."""
+    y = x.double() @ dequantize64(qweight, scales, zeros, perm, x.size(-1)).T.to(x.device)
+    return y if bias is None else y + bias.double()
+
+
+def gptq_pack(q: Tensor) -> Tensor:
+    """uint8 [N, K] -> a GPTQ ``qweight``, int32 [K/8, N]: nibble i of word (r, n) is q[n, 8r + i]."""
+    n, k = q.shape
+    words = (q.cpu().long().T.reshape(k // 8, 8, n) << (4 * torch.arange(8)).view(1, 8, 1)).sum(1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+def awq_pack(q: Tensor) -> Tensor:
+    """uint8 [N, K] -> an AWQ ``qweight``, int32 [K, N/8]: nibble i is column 8c + AWQ_ORDER[i]."""
+    n, k = q.shape
+    columns = q.cpu().long().T.reshape(k, n // 8, 8)[:, :, AWQ_ORDER]
+    words = (columns << (4 * torch.arange(8))).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+# How far a GEMM may be from fp64. The output is rounded once, to nearest: half a unit in the last
+# place of fp16 (2^-11 relative, 2^-25 absolute among subnormals) or bf16 (2^-8, 2^-134). Sums are
+# fp32: tensor cores add 16 exact products and the accumulator per instruction and truncate, which
+# costs at most 2^-23 of the sum of magnitudes each time; 16 more for the splits and group scales.
+def error_bound(reference: Tensor, magnitudes: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """The largest allowed |y - reference|; ``magnitudes`` is |x| times |w|^T, in fp64."""
+    relative, absolute = (2**-11, 2**-25) if dtype == torch.float16 else (2**-8, 2**-134)
+    accumulated = (k / 16 + 16) * 2**-23 * magnitudes
+    return relative * (reference.abs() + accumulated) + absolute + accumulated
+
+
+def assert_close(y: Tensor, x: Tensor, weight64: Tensor, bias: Tensor | None = None) -> None:
+    """y against x times the fp64 weight [N, K], within :func:`error_bound`, element by element."""
+    x64, w64 = x.double(), weight64.to(x.device)
+    reference, magnitudes = x64 @ w64.T, x64.abs() @ w64.abs().T
+    if bias is not None:
+        reference, magnitudes = reference + bias.double(), magnitudes + bias.double().abs()
+    bound = error_bound(reference, magnitudes, x.size(-1), y.dtype)
+    error = (y.double() - reference).abs()
+    worst = (error / bound).nan_to_num(nan=float("inf")).flatten().argmax() if y.numel() else None
+    if worst is not None and not bool((error <= bound).flatten()[worst]):
+        where = [int(i) for i in torch.unravel_index(worst, y.shape)]
+        raise AssertionError(
+            f"y{where} = {y.flatten()[worst].item()}, reference "
+            f"{reference.flatten()[worst].item()}, error {error.flatten()[worst].item():.3e} > "
+            f"bound {bound.flatten()[worst].item():.3e}; shape {list(y.shape)}, K = {x.size(-1)}"
+        )

@@ -1,0 +1,177 @@
+"""torch.ops.marlin.gemm against fp64: every M, odd shapes, every option, exact where it can be."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from operands import DTYPES, GROUP_SIZES, make_input, make_weight
+
+# Shapes that break others (peers' issue trackers): tails of blocks, of stages, of everything.
+SHAPES = [
+    (64, 64), (72, 200), (200, 72), (1, 1), (3, 8), (8, 3), (65, 129), (127, 63), (1001, 333),
+    (576, 1856), (1856, 576), (2880, 200), (200, 2880), (72, 4640), (4640, 72), (64, 7392),
+    (10944, 64), (64, 10944), (28672, 64), (64, 28672),
+]  # fmt: skip
+LARGE_SHAPES = [
+    (576, 7168), (2880, 2880), (1856, 2688), (4640, 8192), (8192, 7392), (2048, 10944),
+    (28672, 4096), (4096, 28672), (4096, 4096),
+]  # fmt: skip
+EVERY_M = [*range(131), 255, 256, 257, 258]
+
+
+def check(m: int, n: int, k: int, group_size: int, dtype: torch.dtype, device: str, **options: bool):
+    weight = make_weight(n, k, group_size, dtype=dtype, device=device, **options)
+    x = make_input(m, k, dtype=dtype, device=device)
+    y = weight.gemm(x)
+    assert y.shape == (m, n)
+    assert y.dtype == dtype
+    reference.assert_close(y, x, weight.dense64(), weight.bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_m(device: str, dtype: torch.dtype) -> None:
+    n, k = 136, 456
+    weight = make_weight(n, k, 64, dtype=dtype, device=device, zeros=True, bias=True)
+    dense = weight.dense64()
+    for m in [*EVERY_M, 1024, 4099]:
+        x = make_input(m, k, dtype=dtype, device=device, seed=m)
+        reference.assert_close(weight.gemm(x), x, dense, weight.bias)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes(device: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    for m in (1, 7, 16, 33):
+        check(m, *shape, 128, dtype, device)
+        check(m, *shape, 32, dtype, device, zeros=True, perm=True, bias=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+def test_large_shapes(shape: tuple[int, int]) -> None:
+    weight = make_weight(*shape, 128, device="cuda")
+    asymmetric = make_weight(*shape, 32, dtype=torch.bfloat16, device="cuda", zeros=True, perm=True)
+    for w in (weight, asymmetric):
+        dense = w.dense64()
+        for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 300):
+            x = make_input(m, shape[1], dtype=w.scales.dtype, device="cuda", seed=m)
+            reference.assert_close(w.gemm(x), x, dense)
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("zeros", [False, True], ids=["sym", "asym"])
+@pytest.mark.parametrize("perm", [False, True], ids=["plain", "actorder"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_options(
+    device: str, dtype: torch.dtype, perm: bool, zeros: bool, group_size: int
+) -> None:
+    for m in (1, 5, 16, 40, 70):
+        for n, k in ((192, 384), (200, 328), (77, 301)):
+            check(m, n, k, group_size, dtype, device, zeros=zeros, perm=perm, bias=perm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 8, 13, 32, 64, 100])
+def test_small_integers_are_exact(device: str, dtype: torch.dtype, m: int) -> None:
+    """Sums of few small integers are integers below 2^8, which even bf16 holds exactly."""
+    n, k = 320, 1024
+    weight = make_weight(n, k, 128, dtype=dtype, device=device, zeros=True, bias=True, integers=True)
+    g = torch.Generator().manual_seed(m)
+    x = torch.zeros(m, k)
+    for token in range(m):  # eight ones or minus ones in random places: |y| <= 8 * 15 + 8
+        at = torch.randperm(k, generator=g)[:8]
+        x[token, at] = torch.randint(0, 2, (8,), generator=g).float() * 2 - 1
+    x = x.to(dtype).to(device)
+    expected = reference.gemm64(
+        x, weight.qweight, weight.scales, weight.zeros, weight.perm, weight.bias
+    )
+    assert torch.equal(weight.gemm(x).double(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("perm", [False, True], ids=["plain", "actorder"])
+def test_one_hot_inputs_read_out_the_weight(device: str, dtype: torch.dtype, perm: bool) -> None:
+    """Token i is the i-th unit vector, so y is the transposed weight, to the last bit."""
+    n, k = 136, 328
+    weight = make_weight(n, k, 32, dtype=dtype, device=device, zeros=True, perm=perm)
+    x = torch.eye(k, dtype=dtype, device=device)
+    expected = weight.dense64().T.float().to(dtype)
+    assert torch.equal(weight.gemm(x), expected)
+    for first in range(0, k, 5):  # and through the kernel for few tokens
+        assert torch.equal(weight.gemm(x[first : first + 5]), expected[first : first + 5])
+
+
+def test_equal_bits_every_time(device: str) -> None:
+    for m, n, k in ((1, 1024, 4096), (16, 576, 7168), (33, 256, 2880), (130, 320, 1024)):
+        weight = make_weight(n, k, device=device)
+        x = make_input(m, k, dtype=torch.float16, device=device)
+        first = weight.gemm(x)
+        for _ in range(5):
+            assert torch.equal(weight.gemm(x), first)
+
+
+def test_leading_shapes(device: str) -> None:
+    weight = make_weight(72, 128, device=device, bias=True)
+    x = make_input(24, 128, dtype=torch.float16, device=device)
+    y = weight.gemm(x)
+    assert torch.equal(weight.gemm(x.view(2, 3, 4, 128)), y.view(2, 3, 4, 72))
+    assert torch.equal(weight.gemm(x.view(24, 1, 1, 128)), y.view(24, 1, 1, 72))
+    assert weight.gemm(x[0]).shape == (72,)
+    reference.assert_close(weight.gemm(x[0])[None], x[:1], weight.dense64(), weight.bias)
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (2, 0, 128), (0, 3, 128)], ids=str)
+def test_no_tokens(device: str, shape: tuple[int, ...]) -> None:
+    weight = make_weight(72, 128, device=device)
+    y = weight.gemm(torch.empty(shape, dtype=torch.float16, device=device))
+    assert y.shape == (*shape[:-1], 72)
+
+
+def test_strided_rows(device: str) -> None:
+    weight = make_weight(72, 200, device=device)
+    dense = weight.dense64()
+    wide = make_input(24, 456, dtype=torch.float16, device=device)
+    views = {
+        "aligned": wide[:, 8:208],
+        "unaligned": wide[:, 3:203],
+        "every other row": wide[::2, :200],
+        "expanded": wide[:1, :200].expand(5, 200),
+        "overlapping": wide.flatten().as_strided((6, 200), (8, 1)),
+    }
+    for name, x in views.items():
+        assert torch.equal(weight.gemm(x), weight.gemm(x.contiguous())), name
+        reference.assert_close(weight.gemm(x), x, dense)
+    x = wide[:, :400].view(24, 2, 200).transpose(0, 1)  # rows without one common stride
+    assert torch.equal(weight.gemm(x), weight.gemm(x.contiguous()))
+
+
+def test_nothing_leaks_from_padding(device: str) -> None:
+    """Infinities and NaNs next to a strided input must not reach the output."""
+    weight = make_weight(72, 72, 32, device=device)
+    wide = torch.full((4, 128), float("nan"), dtype=torch.float16, device=device)
+    wide[:, :72] = make_input(4, 72, dtype=torch.float16, device=device)
+    assert bool(weight.gemm(wide[:, :72]).isfinite().all())
+
+
+def test_special_values_pass_through(device: str) -> None:
+    weight = make_weight(64, 64, device=device)
+    x = make_input(3, 64, dtype=torch.float16, device=device)
+    x[1, 5] = float("inf")
+    y = weight.gemm(x)
+    assert bool(y[0].isfinite().all())
+    assert bool(y[2].isfinite().all())
+    assert not bool(y[1].isfinite().any())  # inf, or NaN where the weight is zero
+
+
+def test_gradient_of_the_activation(device: str) -> None:
+    weight = make_weight(72, 136, 32, device=device, zeros=True, perm=True, bias=True)
+    x = make_input(5, 136, dtype=torch.float16, device=device).requires_grad_()
+    upstream = make_input(5, 72, dtype=torch.float16, device=device, seed=2)
+    weight.gemm(x).backward(upstream)
+    assert x.grad is not None
+    dense = weight.dense64().T.contiguous()
+    # The weight is rounded to fp16 on the way, once: 2^-11 relative, so 2^-10 with the output's.
+    expected = upstream.double() @ dense.T.to(device)
+    scale = upstream.double().abs() @ dense.T.abs().to(device)
+    assert bool(((x.grad.double() - expected).abs() <= 2**-10 * scale + 2**-24).all())

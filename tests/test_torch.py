@@ -1,0 +1,163 @@
+"""The ops inside torch: opcheck, compile, export, CUDA graphs, streams, devices."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import reference
+import torch
+from operands import make_input, make_weight
+from torch import Tensor
+
+ops = torch.ops.marlin
+N, K = 136, 264
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "all-options"])
+def test_opcheck_gemm(device: str, dtype: torch.dtype, full: bool) -> None:
+    w = make_weight(N, K, 64, dtype=dtype, device=device, zeros=full, perm=full, bias=full)
+    x = make_input(6, K, dtype=dtype, device=device).view(2, 3, K)
+    arguments = (w.qweight, w.scales, w.zeros, w.perm, w.bias)
+    torch.library.opcheck(ops.gemm.default, (x, *arguments))
+    torch.library.opcheck(ops.gemm.default, (x, *arguments), {"static_weights": True})
+    torch.library.opcheck(ops.gemm.default, (x.detach().requires_grad_(), *arguments))
+
+
+def test_opcheck_packing(device: str) -> None:
+    w = make_weight(N, K, 32, device=device, zeros=True, perm=True)
+    gptq, awq = reference.gptq_pack(w.q).to(device), reference.awq_pack(w.q).to(device)
+    for op, arguments in (
+        (ops.pack, (w.q,)),
+        (ops.unpack, (w.qweight, N, K)),
+        (ops.repack_gptq, (gptq,)),
+        (ops.repack_gptq, (gptq, w.perm)),
+        (ops.repack_awq, (awq,)),
+    ):
+        torch.library.opcheck(op.default, arguments)
+    torch.library.opcheck(
+        ops.dequantize.default, (w.qweight, w.scales, w.zeros, w.perm), {"k": K}
+    )
+
+
+def layer(device: str, dtype: torch.dtype = torch.float16):
+    w = make_weight(N, K, 64, dtype=dtype, device=device, bias=True)
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.relu(ops.gemm(x * 2, w.qweight, w.scales, None, None, w.bias)) + 1
+
+    return forward
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_without_breaks_or_recompiles(device: str, backend: str) -> None:
+    if device == "cpu" and backend == "inductor":
+        backend = "aot_eager"  # inductor's CPU code generator is not what is tested here
+    torch._dynamo.reset()
+    forward = layer(device)
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counted = torch.compile(forward, fullgraph=True, dynamic=True, backend=counter)
+    for m in (2, 3, 16, 17, 64, 65, 130):
+        x = make_input(m, K, dtype=torch.float16, device=device, seed=m)
+        torch.testing.assert_close(compiled(x), forward(x), rtol=2e-3, atol=2e-3)
+        counted(x)
+    assert counter.frame_count == 1
+
+
+def test_compile_backward(device: str) -> None:
+    torch._dynamo.reset()
+    forward = layer(device)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    x = make_input(5, K, dtype=torch.float16, device=device).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    forward(x).float().sum().backward()
+    compiled(y).float().sum().backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_export(device: str) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            w = make_weight(N, K, device=device)
+            self.register_buffer("qweight", w.qweight)
+            self.register_buffer("scales", w.scales)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = ops.gemm(x, self.qweight, self.scales)
+            return out
+
+    model, x = Model(), make_input(8, K, dtype=torch.float16, device=device)
+    tokens = torch.export.Dim("tokens", min=1, max=4096)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: tokens},)).module()
+    for m in (8, 1, 33):
+        x = make_input(m, K, dtype=torch.float16, device=device)
+        assert torch.equal(exported(x), model(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 40, 200])
+def test_cuda_graph(m: int) -> None:
+    """Capture, then replay on new inputs: equal to eager, bit for bit."""
+    w = make_weight(576, 2880, 32, device="cuda", zeros=True, perm=True, bias=True)
+    x = make_input(m, 2880, dtype=torch.float16, device="cuda")
+    w.gemm(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = w.gemm(w.gemm(x)[:, :1].expand(m, 2880) + x)
+    for seed in range(5):
+        x.copy_(make_input(m, 2880, dtype=torch.float16, device="cuda", seed=seed))
+        graph.replay()
+        assert torch.equal(y, w.gemm(w.gemm(x)[:, :1].expand(m, 2880) + x))
+
+
+@pytest.mark.gpu
+def test_reduce_overhead() -> None:
+    torch._dynamo.reset()
+    forward = layer("cuda")
+    compiled = torch.compile(forward, fullgraph=True, mode="reduce-overhead")
+    x = make_input(4, K, dtype=torch.float16, device="cuda")
+    for _ in range(4):
+        torch.testing.assert_close(compiled(x).clone(), forward(x), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
+def test_four_streams_at_once() -> None:
+    """Calls that overlap on four streams of four threads share nothing: same bits as one by one."""
+    w = make_weight(4096, 4096, device="cuda")
+    inputs = [
+        make_input(m, 4096, dtype=torch.float16, device="cuda", seed=m) for m in (1, 9, 20, 70)
+    ]
+    expected = [w.gemm(x) for x in inputs]
+    torch.cuda.synchronize()
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [w.gemm(inputs[i]) for _ in range(200)]
+            torch.cuda.current_stream().synchronize()
+            wrong.extend(i for y in results if not torch.equal(y, expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+def test_device_that_is_not_current() -> None:
+    for device in ("cuda:1", "cuda:0"):
+        w = make_weight(N, K, device=device, perm=True)
+        x = make_input(5, K, dtype=torch.float16, device=device)
+        y = w.gemm(x)
+        assert y.device == torch.device(device)
+        reference.assert_close(y, x, w.dense64())
+        assert torch.equal(ops.unpack(w.qweight, N, K), w.q)
+    assert torch.cuda.current_device() == 0
