@@ -1,0 +1,174 @@
+"""The checks of :class:`marlin.linear.MarlinLinear`: operands, casts, and state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from marlin.formats.packed import COMPUTE_DTYPES, describe, group_size_of
+
+if TYPE_CHECKING:
+    from marlin._packed_module import PackedModule
+
+OPTIONAL = ("zeros", "perm", "bias")  # each a flag of the constructor
+FOREIGN = {
+    "weight": "an unquantised layer: load it into nn.Linear, then quantise with replace_linear",
+    "qzeros": "a GPTQ or AWQ layer: convert it with `marlin convert`, from_gptq or from_awq",
+    "weight_packed": "a compressed-tensors layer: convert it with from_compressed_tensors",
+}
+
+
+def check_operands(
+    tensors: Mapping[str, Tensor | None], in_features: int, out_features: int
+) -> None:
+    """Check packed tensors against each other; see ``MarlinLinear.from_packed``."""
+    n, k = out_features, in_features
+    qweight, scales = tensors["qweight"], tensors["scales"]
+    for name, tensor in (("qweight", qweight), ("scales", scales)):
+        if tensor is None:
+            raise TypeError(f"{name}: got None; it must be a tensor; see MarlinLinear.from_packed")
+    assert qweight is not None
+    assert scales is not None
+    if scales.dtype not in COMPUTE_DTYPES:
+        raise TypeError(
+            f"scales: got {describe(scales)}; it must be float16 or bfloat16, the dtype of the "
+            "activations; cast it with scales.to(torch.float16)"
+        )
+    if scales.dim() != 2:
+        raise ValueError(f"scales: got {describe(scales)}; it must be [groups, {n}]; reshape it")
+    groups = scales.size(0)
+    group_size_of(k, groups)
+    rules = {
+        "qweight": (torch.int32, (-(-n // 64), -(-k // 64), 512)),
+        "scales": (scales.dtype, (groups, n)),
+        "zeros": (torch.uint8, (groups, n)),
+        "perm": (torch.int32, (k,)),
+        "bias": (scales.dtype, (n,)),
+    }
+    for name, (dtype, shape) in rules.items():
+        tensor = tensors[name]
+        if tensor is None:
+            continue
+        wanted = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+        rule = f"in_features={k}, out_features={n}, {groups} groups need {wanted}"
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: got {describe(tensor)}; {rule}; cast it with .to({dtype})")
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: got {describe(tensor)}; {rule}; check the feature counts")
+        if tensor.device != qweight.device:
+            raise ValueError(
+                f"{name}: got a tensor on {tensor.device}; qweight is on {qweight.device} and all "
+                f"must be on one device; move it with {name}.to({str(qweight.device)!r})"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: got strides {tensor.stride()} for shape {list(shape)}; it must be "
+                f"contiguous; pass {name}.contiguous()"
+            )
+    problem = _value_problem("zeros", tensors["zeros"]) or _value_problem("perm", tensors["perm"])
+    if problem:
+        raise ValueError(problem)
+
+
+def _value_problem(name: str, tensor: Tensor | None) -> str:
+    """Why values of ``zeros`` or ``perm`` cannot be used: a wrong ``perm`` reads out of bounds."""
+    if tensor is None or tensor.is_meta:
+        return ""
+    if name == "zeros" and int(tensor.max()) > 15:
+        return (
+            f"zeros: got {int(tensor.max())}; zero points are 0..15, one per byte; unpack them "
+            "before they are passed"
+        )
+    if name == "perm":
+        features = torch.arange(tensor.numel(), device=tensor.device)
+        if not torch.equal(tensor.long().sort().values, features):
+            return (
+                f"perm: got values {int(tensor.min())}..{int(tensor.max())}; it must hold each of "
+                f"0..{tensor.numel() - 1} once; pass the order that sorts the features by group, "
+                "such as argsort(g_idx, stable=True)"
+            )
+    return ""
+
+
+def check_dtypes_kept(fn: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor | None]) -> None:
+    """Refuse a cast of a layer that its kernels cannot follow, before it is begun.
+
+    ``fn`` is what ``nn.Module._apply`` would call on each buffer; it is tried on empty tensors.
+    """
+    scales = tensors["scales"]
+    assert scales is not None
+    dtype = fn(scales.new_empty(0)).dtype
+    if dtype not in COMPUTE_DTYPES:
+        raise TypeError(
+            f"MarlinLinear: got a cast to {dtype}; scales and activations are torch.float16 or "
+            "torch.bfloat16; cast the model with .half() or .bfloat16(), or cast its other "
+            "modules one by one"
+        )
+    integer = fn(scales.new_empty(0, dtype=torch.int32)).dtype
+    if integer != torch.int32:
+        raise TypeError(
+            f"MarlinLinear: got a cast of every buffer to {integer}; qweight holds packed codes "
+            "in torch.int32; cast with .to(dtype), which leaves integers as they are"
+        )
+    for name in ("scales", "bias"):
+        tensor = tensors[name]
+        if tensor is None or tensor.dtype == dtype or tensor.is_meta:
+            continue
+        largest = float(tensor.abs().max())
+        if largest > torch.finfo(dtype).max:
+            raise ValueError(
+                f"MarlinLinear: got a cast to {dtype} with {name} up to {largest:g}; its largest "
+                f"number is {torch.finfo(dtype).max:g}; keep the layer in {tensor.dtype}"
+            )
+
+
+def state_dict_problems(
+    layer: PackedModule, state_dict: Mapping[str, Any], prefix: str, assign: bool
+) -> list[str]:
+    """Why the entries of ``state_dict`` under ``prefix`` do not fit ``layer``."""
+    name = prefix.removesuffix(".") or "MarlinLinear"
+    foreign = [
+        f"{name}: got '{prefix}{key}'; that is {meaning}"
+        for key, meaning in FOREIGN.items()
+        if prefix + key in state_dict
+    ]
+    if foreign:
+        return foreign
+    problems = []
+    buffers: Mapping[str, Tensor | None] = layer._buffers
+    found = {key: state_dict[prefix + key] for key in buffers if prefix + key in state_dict}
+    if "qweight" in found:  # otherwise nothing of the layer, or a part of it: torch lists those
+        for key in OPTIONAL:
+            stored, built = key in found, buffers[key] is not None
+            if stored != built:
+                problems.append(
+                    f"{name}: got {'a' if stored else 'no'} '{prefix}{key}' in the state dict; the "
+                    f"layer was built with{'' if built else 'out'} {key}, and the two must agree; "
+                    f"build it with MarlinLinear(..., {key}={stored})"
+                )
+    for key, value in found.items():
+        own = buffers[key]
+        if isinstance(value, Tensor) and own is not None:
+            problems += _entry_problems(layer, key, own, value, name, assign)
+    return problems
+
+
+def _entry_problems(
+    layer: PackedModule, key: str, own: Tensor, value: Tensor, name: str, assign: bool
+) -> list[str]:
+    if value.shape != own.shape:
+        return [
+            f"{name}.{key}: got {describe(value)}; the layer (in_features={layer.in_features}, "
+            f"out_features={layer.out_features}, group_size={layer.group_size}) holds "
+            f"{describe(own)}; build it with the feature counts and group size of the checkpoint"
+        ]
+    floating = own.is_floating_point() and value.is_floating_point()
+    if value.dtype != own.dtype and not (floating and not assign):
+        fix = "cast it, or load with assign=False" if floating else "the file is damaged"
+        wanted = str(own.dtype).removeprefix("torch.")
+        return [f"{name}.{key}: got {describe(value)}; it must be {wanted}; {fix}"]
+    problem = _value_problem(key, value)
+    return [f"{name}.{problem}"] if problem else []

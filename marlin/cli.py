@@ -1,0 +1,289 @@
+"""The ``marlin`` command: convert, verify, plan, env.
+
+Exit codes: 0 done, 1 failed or different, 2 the input was refused or the command line is wrong, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from typing import Any
+
+import torch
+
+from marlin.convert import SHARD_BYTES, ConversionReport, convert
+from marlin.environment import environment
+from marlin.formats.checkpoint import CheckpointError
+from marlin.formats.gptq_config import GROUP_SIZES
+from marlin.verify import VerifyReport, verify
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
+SHOWN_MISMATCHES = 20
+
+
+def _size(text: str) -> int:
+    """A number of bytes such as 2GB, 500MB or 1000."""
+    upper = text.upper().replace(" ", "")
+    unit = next((unit for unit in UNITS if upper.endswith(unit)), "")
+    try:
+        value = int(float(upper.removesuffix(unit)) * UNITS.get(unit, 1))
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write 2GB, 500MB or a number of bytes"
+        )
+    return value
+
+
+def _sizes(text: str) -> list[int]:
+    """A list such as 1,16,64."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if any(value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes; write 16 or 1,16,64")
+    return values
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first being the head, as columns; numbers are set to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    right = [
+        all(row[i].replace(".", "").lstrip("-").isdigit() for row in rows[1:])
+        for i in range(len(widths))
+    ]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f}"
+
+
+def _print_conversion(report: ConversionReport) -> None:
+    if report.dry_run:
+        head = ["layer", "K", "N", "group", "zeros", "order", "scales", "MB before", "after"]
+        rows = [
+            [
+                layer.name,
+                str(layer.in_features),
+                str(layer.out_features),
+                "one" if layer.group_size == -1 else str(layer.group_size),
+                "yes" if layer.zeros else "no",
+                "act" if layer.act_order else "plain",
+                layer.dtype,
+                _megabytes(layer.bytes_before),
+                _megabytes(layer.bytes_after),
+            ]
+            for layer in report.layers
+        ]
+        print(_table([head, *rows]))
+    weights = sum(layer.in_features * layer.out_features for layer in report.layers)
+    bits = 8 * sum(layer.bytes_after for layer in report.layers) / weights
+    counts = f"{len(report.layers)} layers ({bits:.3f} bits per weight)"
+    others = f"{report.other_tensors} other tensors"
+    sizes = f"{_megabytes(report.bytes_before)} MB -> {_megabytes(report.bytes_after)} MB"
+    files = f"{len(report.shards)} shard{'s' if len(report.shards) != 1 else ''}"
+    if report.dry_run:
+        print(f"would convert {counts} and copy {others}: {sizes}, {files}; nothing was written")
+    else:
+        print(f"converted {counts} and copied {others}: {sizes}, {files}, {report.seconds:.1f} s")
+        print(f"written to {report.destination}")
+    for name in report.skipped_files:
+        print(f"not copied: {name}")
+    for warning in report.warnings:
+        print(f"marlin: warning: {warning}", file=sys.stderr)
+
+
+def _run_convert(arguments: argparse.Namespace) -> int:
+    report = convert(
+        arguments.src,
+        arguments.dst,
+        dry_run=arguments.dry_run,
+        progress=not arguments.json,
+        dtype=DTYPES.get(arguments.dtype),
+        shard_bytes=arguments.shard_size,
+    )
+    if arguments.json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        _print_conversion(report)
+    return 0
+
+
+def _print_verification(report: VerifyReport) -> None:
+    head = ["layer", "weights", "result"]
+    rows = [[r.name, str(r.weights), "different" if r.problem else "equal"] for r in report.layers]
+    print(_table([head, *rows]))
+    print(f"{report.other_tensors} other tensors compared byte by byte")
+    if report.equal:
+        print(f"{report.destination} holds exactly what {report.source} holds")
+    for mismatch in report.mismatches[:SHOWN_MISMATCHES]:
+        print(f"marlin: different: {mismatch}", file=sys.stderr)
+    if len(report.mismatches) > SHOWN_MISMATCHES:
+        print(f"marlin: and {len(report.mismatches) - SHOWN_MISMATCHES} more", file=sys.stderr)
+
+
+def _run_verify(arguments: argparse.Namespace) -> int:
+    report = verify(arguments.dst, arguments.against, progress=not arguments.json)
+    if arguments.json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        _print_verification(report)
+    return 0 if report.equal else 1
+
+
+def _print_plans(plans: Sequence[dict[str, Any]]) -> None:
+    """A table with the kernels' names in place of their descriptions, and the reasons below it."""
+    keys = list(dict.fromkeys(key for plan in plans for key in plan))
+    rows = [
+        [str(v.get("name", v) if isinstance(v := plan.get(key, ""), dict) else v) for key in keys]
+        for plan in plans
+    ]
+    print(_table([keys, *rows]))
+    kernels = [plan["kernel"] for plan in plans if isinstance(plan.get("kernel"), dict)]
+    for name, reason in {k.get("name"): k["reason"] for k in kernels if "reason" in k}.items():
+        print(f"{name}: {reason}")
+
+
+def _run_plan(arguments: argparse.Namespace) -> int:
+    try:
+        _inspect = import_module("marlin._inspect")
+    except ImportError as error:
+        print(
+            f"marlin: `plan` needs the compiled module marlin._inspect ({error}): build the "
+            "package with `pip install .`",
+            file=sys.stderr,
+        )
+        return 1
+    gpu = {
+        key: getattr(arguments, key) for key in ("sm", "sms") if getattr(arguments, key) is not None
+    }
+    try:
+        plans: list[dict[str, Any]] = [
+            {
+                "m": m,
+                **_inspect.plan_for(
+                    m,
+                    arguments.n,
+                    arguments.k,
+                    group_size=arguments.group_size,
+                    bf16=arguments.dtype == "bfloat16",
+                    **gpu,
+                ),
+            }
+            for m in arguments.m
+        ]
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"plan: {error}") from error
+    if arguments.json:
+        print(json.dumps(plans, indent=2, default=str))
+    else:
+        _print_plans(plans)
+    return 0
+
+
+def _run_env(arguments: argparse.Namespace) -> int:
+    found = environment()
+    if arguments.json:
+        print(json.dumps(found, indent=2, default=str))
+        return 0
+    for key, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {item}" for name, item in value.items())
+        elif isinstance(value, list):
+            value = "; ".join(
+                f"{g['name']} (sm_{g['capability'].replace('.', '')}, {g['sms']} SMs, "
+                f"{g['memory_gib']} GiB)"
+                for g in value
+            )
+        print(f"{key:12}{value or 'none'}")
+    return 0
+
+
+def _version() -> str:
+    try:
+        return metadata.version("marlin")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="marlin", description="4-bit weights for fast matrix products."
+    )
+    parser.add_argument("--version", action="version", version=f"marlin {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("convert", help="convert a GPTQ checkpoint")
+    command.add_argument(
+        "src", metavar="SRC", help="folder of the GPTQ checkpoint; it is not changed"
+    )
+    command.add_argument(
+        "dst", metavar="DST", help="folder to create; it must not exist, or be empty"
+    )
+    command.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of scales and biases (default: theirs)"
+    )
+    command.add_argument(
+        "--shard-size", type=_size, default=SHARD_BYTES, help="largest output file (default: 2GB)"
+    )
+    command.set_defaults(run=_run_convert)
+
+    command = commands.add_parser(
+        "verify", help="compare a converted checkpoint with its source, exactly"
+    )
+    command.add_argument("dst", metavar="DST", help="the converted checkpoint")
+    command.add_argument(
+        "--against", metavar="SRC", required=True, help="the checkpoint it was made from"
+    )
+    command.set_defaults(run=_run_verify)
+
+    command = commands.add_parser("plan", help="show which kernel multiplies which sizes")
+    command.add_argument("--m", type=_sizes, required=True, help="tokens, for example 1,16,64")
+    command.add_argument("--n", type=int, required=True, help="output features")
+    command.add_argument("--k", type=int, required=True, help="input features")
+    command.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
+    command.add_argument("--dtype", choices=DTYPES, default="float16")
+    command.add_argument(
+        "--sm", type=int, help="compute capability, for example 90 (default: the GPU's)"
+    )
+    command.add_argument("--sms", type=int, help="number of multiprocessors (default: the GPU's)")
+    command.set_defaults(run=_run_plan)
+
+    command = commands.add_parser("env", help="what a bug report needs to know about this machine")
+    command.set_defaults(run=_run_env)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's); returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except CheckpointError as error:
+        print(f"marlin: {error}", file=sys.stderr)
+        if "pass dtype=torch" in str(error):
+            print("marlin: that is --dtype float16 or --dtype bfloat16", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError, MemoryError) as error:
+        print(f"marlin: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("marlin: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,183 @@
+"""Look at a GPTQ checkpoint before it is converted: what each layer becomes, and what is wrong.
+
+All but the packed weights is read (about 5% of the bytes). A packed weight cannot be wrong: each of
+its 2^32 words is valid. So what is refused at all is refused here, before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from marlin.formats.checkpoint import Checkpoint, CheckpointError
+from marlin.formats.container import DTYPE_NAMES
+from marlin.formats.gptq import (
+    GptqSettings,
+    Parameters,
+    TensorSpec,
+    layout_problems,
+    parse_gptq_config,
+    read_parameters,
+    zeros_are_ambiguous,
+)
+from marlin.formats.packed import group_count
+from marlin.formats.shards import Entry
+
+LEAVES = ("qweight", "qzeros", "scales", "g_idx", "bias")
+MARKERS = ("qweight", "qzeros", "g_idx")  # leaf names that only a quantized layer has
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized layer, and what it becomes; ``dtype`` is that of its scales then."""
+
+    name: str
+    in_features: int
+    out_features: int
+    settings: GptqSettings
+    dtype: torch.dtype
+    zeros: bool
+    act_order: bool
+    bias: bool
+    bytes_before: int
+
+    def entries(self) -> list[Entry]:
+        """The tensors to be written for this layer."""
+        n, k = self.out_features, self.in_features
+        groups = group_count(k, self.settings.group_size)
+        dtype = DTYPE_NAMES[self.dtype]
+        found = [
+            Entry(f"{self.name}.qweight", "I32", (-(-n // 64), -(-k // 64), 512)),
+            Entry(f"{self.name}.scales", dtype, (groups, n)),
+        ]
+        if self.zeros:
+            found.append(Entry(f"{self.name}.zeros", "U8", (groups, n)))
+        if self.act_order:
+            found.append(Entry(f"{self.name}.perm", "I32", (k,)))
+        if self.bias:
+            found.append(Entry(f"{self.name}.bias", dtype, (n,)))
+        return found
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(entry.nbytes for entry in self.entries())
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Layers in reading order, the names of all other tensors, and what the user should know."""
+
+    layers: dict[str, Layer]
+    others: list[str]
+    warnings: list[str]
+
+
+def layer_parameters(
+    checkpoint: Checkpoint, name: str, settings: GptqSettings, dtype: torch.dtype | None
+) -> Parameters:
+    """Read and decode all of a layer but its packed weight."""
+    has_bias = f"{name}.bias" in checkpoint.tensors
+    return read_parameters(
+        name,
+        checkpoint.read(f"{name}.qzeros"),
+        checkpoint.read(f"{name}.scales"),
+        checkpoint.read(f"{name}.g_idx"),
+        checkpoint.read(f"{name}.bias") if has_bias else None,
+        settings,
+        dtype,
+    )
+
+
+def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
+    """Quantized modules in reading order: module -> leaf -> tensor name, for all its tensors."""
+    children: dict[str, dict[str, str]] = {}
+    for name in checkpoint.tensors:
+        module, _, leaf = name.rpartition(".")
+        children.setdefault(module, {})[leaf] = name
+    return {
+        module: leaves
+        for module, leaves in children.items()
+        if any(marker in leaves for marker in MARKERS)
+    }
+
+
+def _examine_layer(
+    checkpoint: Checkpoint,
+    name: str,
+    leaves: dict[str, str],
+    settings: GptqSettings | None,
+    dtype: torch.dtype | None,
+    warnings: list[str],
+) -> Layer:
+    if not name:
+        raise CheckpointError(
+            f"{', '.join(leaves)} belong to no named module; prefix them with one"
+        )
+    if settings is None:
+        raise CheckpointError(
+            f"{name}: the config's dynamic excludes it, but it has {', '.join(leaves)}"
+        )
+    problems = [
+        f"{name}: {leaf} beside {', '.join(m for m in MARKERS if m in leaves)}: a quantized linear "
+        f"layer has only {', '.join(LEAVES)}"
+        for leaf in leaves
+        if leaf not in LEAVES
+    ]
+    infos = {leaf: checkpoint.tensors[tensor] for leaf, tensor in leaves.items() if leaf in LEAVES}
+    specs = {leaf: TensorSpec(info.torch_dtype, info.shape) for leaf, info in infos.items()}
+    problems += layout_problems(name, specs, settings)
+    if problems:
+        raise CheckpointError(problems)
+    rest = layer_parameters(checkpoint, name, settings, dtype)
+    if rest.zeros is not None and zeros_are_ambiguous(checkpoint.read(f"{name}.qzeros"), settings):
+        warnings.append(
+            f"{name}: zero points of 0 in checkpoint_format gptq: tools differ on how they are "
+            "stored; they are read nibble by nibble (GPTQModel's carry, and are read so when the "
+            "config's meta.quantizer names it)"
+        )
+    words, n = specs["qweight"].shape
+    return Layer(
+        name=name,
+        in_features=8 * words,
+        out_features=n,
+        settings=settings,
+        dtype=rest.scales.dtype,
+        zeros=rest.zeros is not None,
+        act_order=rest.perm is not None,
+        bias=rest.bias is not None,
+        bytes_before=sum(info.nbytes for info in infos.values()),
+    )
+
+
+def survey(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[str], object] = lambda name: None,
+) -> Survey:
+    """Examine every layer of a GPTQ checkpoint.
+
+    ``dtype`` (float16 or bfloat16) is wanted for scales and biases; None keeps theirs. ``progress``
+    is called with the name of each layer done. Raises :class:`CheckpointError` with everything that
+    is wrong, in all layers.
+    """
+    config = parse_gptq_config(checkpoint.config, checkpoint.quantize_config)
+    problems: list[str] = []
+    warnings: list[str] = []
+    layers: dict[str, Layer] = {}
+    modules = _modules(checkpoint)
+    for name, leaves in modules.items():
+        try:
+            layers[name] = _examine_layer(
+                checkpoint, name, leaves, config.settings(name), dtype, warnings
+            )
+        except CheckpointError as error:
+            problems += error.refusals
+        progress(name)
+    if not modules:
+        problems.append("no quantized layer: no tensor is called <module>.qweight")
+    if problems:
+        raise CheckpointError(problems, where=checkpoint.directory)
+    taken = {tensor for leaves in modules.values() for tensor in leaves.values()}
+    return Survey(layers, [name for name in checkpoint.tensors if name not in taken], warnings)

@@ -1,0 +1,177 @@
+"""A checkpoint directory: safetensors files, their index, and the configuration beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin.formats.container import TensorInfo, read_header, read_json
+from marlin.formats.errors import CheckpointError
+
+__all__ = ["Checkpoint", "CheckpointError"]
+
+CHUNK_BYTES = 1 << 24
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint: headers and configuration are in memory, tensors are not.
+
+    ``tensors`` is in reading order: by file name, then by position in the file.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    quantize_config: dict[str, Any] | None
+    tensors: dict[str, TensorInfo]
+    files: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Read config, index and headers; :class:`CheckpointError` lists all that is wrong."""
+        root = Path(directory)
+        if not root.is_dir():
+            state = "is not a directory" if root.exists() else "does not exist"
+            raise CheckpointError(f"{state}; give the folder that holds config.json", where=root)
+        try:
+            names = sorted(entry.name for entry in root.iterdir())
+        except OSError as error:
+            raise CheckpointError(f"cannot be listed: {error.strerror}", where=root) from error
+        problems: list[str] = []
+        config: dict[str, Any] = {}
+        quantize_config: dict[str, Any] | None = None
+        try:
+            config = read_json(root / "config.json")
+        except CheckpointError as error:
+            problems += error.refusals
+        if "quantize_config.json" in names:
+            try:
+                quantize_config = read_json(root / "quantize_config.json")
+            except CheckpointError as error:
+                problems += error.refusals
+        tensors, files, found = _open_files(root, names)
+        if problems or found:
+            raise CheckpointError(problems + found, where=root)
+        return cls(root, config, quantize_config, tensors, files)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU; raises :class:`CheckpointError` if it cannot be read."""
+        info = self.tensors[name]
+        dtype = info.torch_dtype
+        if dtype is None:
+            raise CheckpointError(f"tensor {name!r} is {info.dtype}, which this torch cannot hold")
+        data = bytearray(info.nbytes)
+        position = 0
+        for chunk in self.read_bytes(name):
+            data[position : position + len(chunk)] = chunk
+            position += len(chunk)
+        if not data:
+            return torch.empty(info.shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).view(info.shape)
+
+    def read_bytes(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """The bytes of one tensor in chunks of at most ``chunk_bytes``."""
+        info = self.tensors[name]
+        left = info.nbytes
+        try:
+            with info.path.open("rb", buffering=0) as file:
+                file.seek(info.start)
+                while left:
+                    chunk = file.read(min(left, chunk_bytes))
+                    if not chunk:
+                        raise CheckpointError(
+                            f"{info.path.name} became shorter while it was read (tensor {name!r})"
+                        )
+                    left -= len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise CheckpointError(f"{info.path.name} cannot be read: {error.strerror}") from error
+
+
+def _open_files(root: Path, names: list[str]) -> tuple[dict[str, TensorInfo], list[str], list[str]]:
+    """Every tensor of the checkpoint, its safetensors files, and what is wrong with them."""
+    problems: list[str] = []
+    present = [name for name in names if name.endswith(".safetensors")]
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    weight_map: dict[str, str] | None = None
+    if len(indexes) > 1:
+        problems.append(f"several indexes ({', '.join(indexes)}): keep the one that is meant")
+    elif indexes:
+        try:
+            weight_map = _weight_map(root / indexes[0])
+        except CheckpointError as error:
+            return {}, [], list(error.refusals)
+    elif len(present) > 1:
+        problems.append(
+            f"{len(present)} .safetensors files and no index ({', '.join(present)}): restore "
+            "model.safetensors.index.json, or keep the one file that is meant"
+        )
+    if not present:
+        pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        found = (
+            f"; {', '.join(pickled)} are pickles: save them as safetensors first" if pickled else ""
+        )
+        problems.append(f"no .safetensors file{found}")
+    wanted = present if weight_map is None else sorted(set(weight_map.values()))
+    if weight_map is not None:
+        problems += [
+            f"{name} is named by the index but missing" for name in wanted if name not in present
+        ]
+        problems += [
+            f"{name} is not named by the index: remove it, or the index is of another checkpoint"
+            for name in present
+            if name not in wanted
+        ]
+    tensors: dict[str, TensorInfo] = {}
+    opened: dict[str, dict[str, TensorInfo]] = {}
+    for file in wanted:
+        if file not in present:
+            continue
+        try:
+            header, _ = read_header(root / file)
+        except CheckpointError as error:
+            problems += error.refusals
+            continue
+        for name, info in header.items():
+            if name in tensors:
+                problems.append(f"tensor {name!r} is in both {tensors[name].path.name} and {file}")
+            elif weight_map is not None and weight_map.get(name) != file:
+                where = f"says {weight_map[name]}" if name in weight_map else "does not name it"
+                problems.append(f"tensor {name!r} is in {file} but the index {where}")
+            tensors[name] = info
+        opened[file] = header
+    problems += [
+        f"tensor {name!r} is missing from {file}, where the index puts it"
+        for name, file in (weight_map or {}).items()
+        if file in opened and name not in opened[file]
+    ]
+    return tensors, wanted, problems
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The index's map from tensor to file, which must be a plain name in the same folder."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path.name} has no weight_map object")
+    problems: list[str] = []
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            problems.append(f"{path.name}: tensor {name!r} maps to {file!r}, not a file name")
+        elif (
+            Path(file).name != file
+            or "\\" in file
+            or "\0" in file
+            or not file.endswith(".safetensors")
+        ):
+            problems.append(
+                f"{path.name}: tensor {name!r} maps to {file!r}; a shard must be a .safetensors "
+                "file in the checkpoint's own folder"
+            )
+    if problems:
+        raise CheckpointError(problems)
+    return weight_map

@@ -1,0 +1,139 @@
+"""The checkpoints that ``marlin convert`` writes: their configuration and the shapes it implies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlin.formats.checkpoint import Checkpoint, CheckpointError
+from marlin.formats.gptq_config import GROUP_SIZES
+from marlin.formats.packed import COMPUTE_DTYPES, group_count
+
+FORMAT_VERSION = 1
+LEAVES = ("qweight", "scales", "zeros", "perm", "bias")
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """A layer's sizes, as the config records them: the packed weight is padded and cannot tell."""
+
+    in_features: int
+    out_features: int
+    group_size: int
+
+
+def config_for(modules: Mapping[str, PackedShape]) -> dict[str, Any]:
+    """The ``quantization_config`` of a converted checkpoint."""
+    return {
+        "quant_method": "marlin",
+        "format_version": FORMAT_VERSION,
+        "bits": 4,
+        "modules": {
+            name: {
+                "in_features": shape.in_features,
+                "out_features": shape.out_features,
+                "group_size": shape.group_size,
+            }
+            for name, shape in modules.items()
+        },
+    }
+
+
+def packed_modules(config: Mapping[str, Any]) -> dict[str, PackedShape]:
+    """The modules that a converted checkpoint's ``config.json`` lists.
+
+    Raises :class:`CheckpointError` when it is not a converted checkpoint, is of another version, or
+    is malformed.
+    """
+    inner = config.get("quantization_config")
+    method = inner.get("quant_method") if isinstance(inner, Mapping) else None
+    if not isinstance(inner, Mapping) or method != "marlin":
+        raise CheckpointError(
+            f"config.json: quantization_config.quant_method is {method!r}, not 'marlin': convert "
+            "the checkpoint with `marlin convert` first"
+        )
+    problems: list[str] = []
+    if inner.get("format_version") != FORMAT_VERSION:
+        problems.append(
+            f"config.json: format_version is {inner.get('format_version')!r}; this version of "
+            f"marlin reads {FORMAT_VERSION}: convert the original again, or install the version "
+            "that wrote it"
+        )
+    if inner.get("bits") != 4:
+        problems.append(f"config.json: bits is {inner.get('bits')!r}, want 4")
+    modules = inner.get("modules")
+    if not isinstance(modules, Mapping):
+        problems.append(f"config.json: modules is {modules!r}, not an object")
+        modules = {}
+    found: dict[str, PackedShape] = {}
+    for name, entry in modules.items():
+        keys = ("in_features", "out_features", "group_size")
+        values = [entry.get(key) for key in keys] if isinstance(entry, Mapping) else []
+        sizes = [value for value in values if type(value) is int]
+        if len(sizes) != 3 or min(sizes[:2]) < 1 or sizes[2] not in GROUP_SIZES:
+            problems.append(
+                f"config.json: modules[{name!r}] is {entry!r}; want {', '.join(keys)} of a layer"
+            )
+            continue
+        found[name] = PackedShape(*sizes)
+    if problems:
+        raise CheckpointError(problems)
+    return found
+
+
+def check_packed_tensors(checkpoint: Checkpoint, modules: Mapping[str, PackedShape]) -> None:
+    """Check that every listed module has its tensors, of the right dtypes and shapes.
+
+    Raises :class:`CheckpointError` with all that is wrong, packed tensors of others included.
+    """
+    problems: list[str] = []
+    for name, shape in modules.items():
+        k, n = shape.in_features, shape.out_features
+        groups = group_count(k, shape.group_size)
+        wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+            "qweight": ((torch.int32,), (-(-n // 64), -(-k // 64), 512)),
+            "scales": (COMPUTE_DTYPES, (groups, n)),
+            "zeros": ((torch.uint8,), (groups, n)),
+            "perm": ((torch.int32,), (k,)),
+            "bias": (COMPUTE_DTYPES, (n,)),
+        }
+        for leaf, (dtypes, want) in wanted.items():
+            info = checkpoint.tensors.get(f"{name}.{leaf}")
+            if info is None:
+                if leaf in ("qweight", "scales"):
+                    problems.append(f"{name}: {leaf} is missing")
+            elif info.shape != want or info.torch_dtype not in dtypes:
+                problems.append(
+                    f"{name}: {leaf} is {info.dtype} {list(info.shape)}, want {list(want)} for "
+                    f"{shape}"
+                )
+    for name in checkpoint.tensors:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "qweight" and module not in modules:
+            problems.append(f"{module}: has a qweight but config.json does not list it")
+    if problems:
+        raise CheckpointError(problems, where=checkpoint.directory)
+
+
+def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check what a kernel could not survive or would get wrong, in a layer's tensors by leaf name.
+
+    Raises :class:`CheckpointError` when ``perm`` does not hold every number 0..K-1 once, a zero
+    point is above 15, or a scale is not finite.
+    """
+    problems: list[str] = []
+    perm, zeros = tensors.get("perm"), tensors.get("zeros")
+    if perm is not None:
+        features = torch.arange(perm.numel(), dtype=perm.dtype)
+        if not torch.equal(torch.sort(perm).values, features):
+            problems.append(f"{name}: perm is not a permutation of 0..{perm.numel() - 1}")
+    if zeros is not None and bool((zeros > 15).any()):
+        problems.append(f"{name}: zeros holds {int(zeros.max())}, want 0..15")
+    if not torch.isfinite(tensors["scales"]).all():
+        problems.append(f"{name}: scales holds a number that is not finite")
+    if problems:
+        raise CheckpointError([f"{problem}; the file is damaged" for problem in problems])

@@ -1,0 +1,119 @@
+"""What the checkpoint readers return, and the rules that they share: groups, and exact scales."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from marlin.formats.checkpoint import CheckpointError
+
+GROUP_SIZES = (32, 64, 128)
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
+SYMMETRIC_ZERO = 8
+
+
+class PackedWeight(NamedTuple):
+    """One linear layer in the packed layout: the operands of ``torch.ops.marlin.gemm``.
+
+    ``qweight`` int32 ``[ceil(N/64), ceil(K/64), 512]``; ``scales`` fp16 or bf16 ``[G, N]``;
+    ``zeros`` uint8 ``[G, N]``, true zero points 0..15, or None (symmetric: 8 everywhere);
+    ``perm`` int32 ``[K]``, packed column j multiplies input feature ``perm[j]``, or None.
+    K is ``in_features``, N is ``out_features``, G the number of groups.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+    in_features: int
+    out_features: int
+
+
+def label(layer: str) -> str:
+    """The start of an error message: ``"model.layers.0.q_proj: "``, or nothing."""
+    return f"{layer}: " if layer else ""
+
+
+def describe(tensor: Tensor) -> str:
+    """``"int32 [4096, 512]"``: how error messages show what they got."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """The number of groups G of a layer with ``in_features`` and the group size asked for.
+
+    Raises:
+        ValueError: ``group_size`` is not -1 (one group), 32, 64 or 128.
+    """
+    if group_size == -1:
+        return 1
+    if group_size not in GROUP_SIZES:
+        raise ValueError(
+            f"group_size: got {group_size!r}; it must be 32, 64, 128, or -1 for one group per "
+            "output feature; quantise the layer again with one of these"
+        )
+    return -(-in_features // group_size)
+
+
+def group_size_of(in_features: int, groups: int, layer: str = "") -> int:
+    """The group size that ``groups`` rows of scales mean: -1 for one group, else 32, 64 or 128.
+
+    It is unique: ``ceil(K / g)`` differs between the sizes as soon as one of them exceeds 1.
+
+    Raises:
+        CheckpointError: no supported group size gives this number of groups.
+    """
+    if groups == 1:
+        return -1
+    for size in GROUP_SIZES:
+        if -(-in_features // size) == groups:
+            return size
+    found = f"about {-(-in_features // groups)}" if groups > 0 else "none"
+    raise CheckpointError(
+        f"{label(layer)}scales: got {groups} groups for in_features={in_features} (group size "
+        f"{found}); the group size must be 32, 64, 128, or one group for the whole row; quantise "
+        "the layer again with one of these, or leave it out of the conversion"
+    )
+
+
+def cast_exactly(tensor: Tensor, dtype: torch.dtype | None, layer: str, name: str) -> Tensor:
+    """``tensor`` (scales or bias) in ``dtype``, every element finite and unchanged.
+
+    ``dtype`` None keeps the tensor's own. A conversion changes no value: rounding is for the
+    caller to ask for, afterwards, with ``layer.to(dtype)``.
+
+    Raises:
+        CheckpointError: the dtype is not fp16 or bf16 and none was asked for, an element is NaN or
+            infinite, or ``dtype`` cannot hold it exactly.
+        TypeError: ``dtype`` is neither fp16 nor bf16.
+    """
+    if dtype is not None and dtype not in COMPUTE_DTYPES:
+        raise TypeError(
+            f"{label(layer)}dtype: got {dtype}; scales and activations are torch.float16 or "
+            "torch.bfloat16; pass one of the two"
+        )
+    if not tensor.is_floating_point() or (dtype is None and tensor.dtype not in COMPUTE_DTYPES):
+        raise CheckpointError(
+            f"{label(layer)}{name}: got {describe(tensor)}; it must be float16 or bfloat16, the "
+            "dtype of the activations; pass dtype=torch.float16 or dtype=torch.bfloat16 if the "
+            "values are exact in it"
+        )
+    bad = torch.nonzero(~torch.isfinite(tensor))
+    if len(bad):
+        at = bad[0].tolist()
+        raise CheckpointError(
+            f"{label(layer)}{name}: got {tensor[tuple(at)].item()} at {at}; every element must be "
+            "finite; the file is damaged: fetch or quantise it again"
+        )
+    cast = tensor.to(tensor.dtype if dtype is None else dtype)
+    bad = torch.nonzero(cast.double() != tensor.double())
+    if len(bad):
+        at = bad[0].tolist()
+        raise CheckpointError(
+            f"{label(layer)}{name}: got {tensor[tuple(at)].item()!r} at {at}; {dtype} must hold "
+            "every element exactly; pass dtype=None and round afterwards with "
+            f"layer.to({dtype}), or choose the other dtype"
+        )
+    return cast.contiguous()

@@ -1,0 +1,249 @@
+"""Load a checkpoint written by ``marlin convert`` into any model whose module names it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from marlin.formats.checkpoint import Checkpoint, CheckpointError
+from marlin.formats.native import (
+    LEAVES,
+    PackedShape,
+    check_packed_tensors,
+    check_values,
+    packed_modules,
+)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def _device_of(module: nn.Module, wanted: torch.device | None) -> torch.device:
+    """Where a module's tensors go: as asked, else where they are; from meta, to the CPU."""
+    if wanted is not None:
+        return wanted
+    here = next((t.device for t in (*module.parameters(False), *module.buffers(False))), None)
+    return here if here is not None and here.type != "meta" else torch.device("cpu")
+
+
+def _child(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _module_problem(model: nn.Module, name: str, shape: PackedShape, has_bias: bool) -> str | None:
+    """Why a listed module of the model cannot be replaced, or None."""
+    module = _child(model, name)
+    if module is None:
+        return f"{name}: the checkpoint has this layer, the model has no module of this name"
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if sizes == (None, None):
+        return f"{name}: the model has a {type(module).__name__} here, want a linear layer"
+    if sizes != (shape.in_features, shape.out_features):
+        return (
+            f"{name}: the model's layer is {sizes[0]} -> {sizes[1]} features, the checkpoint's "
+            f"{shape.in_features} -> {shape.out_features}"
+        )
+    if getattr(module, "bias", None) is not None and not has_bias:
+        return f"{name}: the model's layer has a bias, the checkpoint has none for it"
+    return None
+
+
+def _packed_layer(
+    checkpoint: Checkpoint, name: str, shape: PackedShape, device: torch.device
+) -> nn.Module:
+    from marlin.linear import MarlinLinear
+
+    tensors = {
+        leaf: checkpoint.read(f"{name}.{leaf}")
+        for leaf in LEAVES
+        if f"{name}.{leaf}" in checkpoint.tensors
+    }
+    check_values(name, tensors)
+    # Built on meta: the buffers are replaced, so filling them first would only cost memory.
+    layer: nn.Module = MarlinLinear(
+        shape.in_features,
+        shape.out_features,
+        group_size=shape.group_size,
+        bias="bias" in tensors,
+        zeros="zeros" in tensors,
+        perm="perm" in tensors,
+        device=torch.device("meta"),
+        dtype=tensors["scales"].dtype,
+    )
+    for leaf, tensor in tensors.items():
+        _assign(layer, leaf, tensor.to(device))
+    return layer
+
+
+def _assign(module: nn.Module, leaf: str, value: Tensor) -> None:
+    """Put ``value`` in place of a module's parameter or buffer of that name."""
+    if leaf in module._parameters:
+        old = module._parameters[leaf]
+        trainable = old is not None and old.requires_grad and value.is_floating_point()
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=trainable)
+    else:
+        module._buffers[leaf] = value
+
+
+def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Every tensor that the model's state dict holds: its name -> (module, attribute)."""
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                found[start + leaf] = (module, leaf)
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                found[start + leaf] = (module, leaf)
+    return found
+
+
+def _value(place: tuple[nn.Module, str]) -> Tensor:
+    module, leaf = place
+    value: Tensor = getattr(module, leaf)
+    return value
+
+
+def _tied_groups(places: dict[str, tuple[nn.Module, str]]) -> list[list[str]]:
+    """Names that stand for one and the same tensor, grouped."""
+    groups: dict[int, list[str]] = {}
+    for name, place in places.items():
+        groups.setdefault(id(_value(place)), []).append(name)
+    return list(groups.values())
+
+
+def _load_group(
+    checkpoint: Checkpoint,
+    names: list[str],
+    places: dict[str, tuple[nn.Module, str]],
+    device: torch.device | None,
+) -> None:
+    present = [name for name in names if name in checkpoint.tensors]
+    value = checkpoint.read(present[0])
+    for other in present[1:]:
+        if not torch.equal(checkpoint.read(other), value):
+            raise CheckpointError(
+                f"the model ties {present[0]} to {other} but the checkpoint holds different "
+                "values: build the model untied"
+            )
+    module, leaf = places[names[0]]
+    _assign(module, leaf, value.to(_device_of(module, device)))
+    shared = _value((module, leaf))
+    for name in names[1:]:
+        module, leaf = places[name]
+        tensors: dict[str, Any] = module.__dict__["_parameters"]
+        (tensors if leaf in tensors else module._buffers)[leaf] = shared
+
+
+def _rebuild_computed_buffers(model: nn.Module) -> None:
+    """Give values to what no checkpoint holds, such as rotary frequencies, in a model from meta.
+
+    A module made of such buffers alone, that its class can build from its ``config``, is built
+    again off meta.
+    """
+    for module in model.modules():
+        names = [
+            name
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_meta
+        ]
+        names = [name for name in names if name in module._non_persistent_buffers_set]
+        config = getattr(module, "config", None)
+        if not names or config is None or any(True for _ in module.parameters()):
+            continue
+        try:
+            with torch.device("cpu"):
+                fresh = type(module)(config)
+        except Exception:  # any library's constructor; the caller reports what is left
+            continue
+        for name in names:
+            if name in fresh._buffers:
+                module._buffers[name] = fresh._buffers[name]
+        for name, value in vars(fresh).items():  # plain attributes computed from the buffers
+            if isinstance(value, Tensor) and isinstance(vars(module).get(name), Tensor):
+                setattr(module, name, value)
+
+
+def _compare_names(
+    places: dict[str, tuple[nn.Module, str]], groups: list[list[str]], tensors: Iterable[str]
+) -> list[str]:
+    available = set(tensors)
+    problems = [
+        f"{group[0]}: the checkpoint has no such tensor"
+        for group in groups
+        if not any(name in available for name in group)
+    ]
+    problems += [
+        f"{name}: the model has no such parameter" for name in available if name not in places
+    ]
+    return sorted(problems)
+
+
+def load(
+    model: ModelT, directory: str | Path, *, device: torch.device | str | None = None
+) -> ModelT:
+    """Load a converted checkpoint into ``model``, in place, and return it.
+
+    Every module that ``quantization_config["modules"]`` lists is replaced by a ``MarlinLinear``;
+    every other parameter and persistent buffer takes the checkpoint's tensor and its dtype. The
+    model may be on any device, meta included: ``device`` says where its tensors go, None keeps each
+    where it is (the CPU for meta). Names that share one tensor stay tied. The match is strict.
+
+    Raises :class:`~marlin.formats.checkpoint.CheckpointError` naming every module and tensor that
+    is missing, unexpected, or of another shape; the model is unchanged when names or shapes do not
+    match.
+    """
+    checkpoint = Checkpoint.open(directory)
+    modules = packed_modules(checkpoint.config)
+    check_packed_tensors(checkpoint, modules)
+    wanted = None if device is None else torch.device(device)
+    problems = [
+        problem
+        for name, shape in modules.items()
+        if (problem := _module_problem(model, name, shape, f"{name}.bias" in checkpoint.tensors))
+    ]
+    packed = {f"{name}.{leaf}" for name in modules for leaf in LEAVES}
+    places = _places(model)
+    replaced = tuple(f"{name}." for name in modules)
+    kept = {name: place for name, place in places.items() if not name.startswith(replaced)}
+    groups = _tied_groups(kept)
+    problems += _compare_names(
+        kept, groups, (name for name in checkpoint.tensors if name not in packed)
+    )
+    for name, place in kept.items():
+        info = checkpoint.tensors.get(name)
+        if info is not None and info.shape != tuple(_value(place).shape):
+            problems.append(
+                f"{name}: the checkpoint's shape is {list(info.shape)}, the model's "
+                f"{list(_value(place).shape)}"
+            )
+    if problems:
+        raise CheckpointError(problems, where=checkpoint.directory)
+
+    for group in groups:
+        _load_group(checkpoint, group, kept, wanted)
+    for name, shape in modules.items():
+        old = model.get_submodule(name)
+        layer = _packed_layer(checkpoint, name, shape, _device_of(old, wanted))
+        layer.train(old.training)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+    _rebuild_computed_buffers(model)
+    stuck = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if stuck:
+        raise CheckpointError(
+            f"no values for the buffers {', '.join(stuck)}: they are computed when the model is "
+            "built, which the meta device skips; build the model with only its parameters on "
+            "meta, or on the CPU",
+            where=checkpoint.directory,
+        )
+    if wanted is not None:
+        model.to(wanted)
+    return model

@@ -1,0 +1,304 @@
+"""Replace the linear layers of a model by 4-bit ones, in place, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from marlin.formats.packed import COMPUTE_DTYPES, group_count
+from marlin.linear import MarlinLinear
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+@dataclass(frozen=True)
+class ReplacedLayer:
+    """A layer that was replaced: its name, (out_features, in_features), and its bytes."""
+
+    name: str
+    shape: tuple[int, int]
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A linear layer that was left as it was, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class ReplaceReport:
+    """What :func:`replace_linear` did; ``print(report)`` shows it as a table."""
+
+    replaced: list[ReplacedLayer] = field(default_factory=list)
+    skipped: list[SkippedLayer] = field(default_factory=list)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of weight and bias of the replaced layers, before."""
+        return sum(layer.bytes_before for layer in self.replaced)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors of the replaced layers, after."""
+        return sum(layer.bytes_after for layer in self.replaced)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lists, numbers and strings only: ready for ``json.dumps``."""
+        return {
+            "replaced": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.replaced],
+            "skipped": [asdict(layer) for layer in self.skipped],
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "before", "after")]
+        rows += [
+            (r.name, f"{r.shape[0]} x {r.shape[1]}", _size(r.bytes_before), _size(r.bytes_after))
+            for r in self.replaced
+        ]
+        total = f"replaced {len(self.replaced)}"
+        rows.append((total, "", _size(self.bytes_before), _size(self.bytes_after)))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in rows
+        ]
+        if self.skipped:
+            lines.append(f"left as they were: {len(self.skipped)}")
+            width = max(len(layer.name) for layer in self.skipped)
+            lines += [f"  {layer.name:<{width}}  {layer.reason}" for layer in self.skipped]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@dataclass
+class _Candidate:
+    """A linear layer, and every place in the model that holds it: parent, attribute, full name."""
+
+    linear: nn.Linear
+    places: list[tuple[nn.Module, str, str]]
+
+    @property
+    def name(self) -> str:
+        return self.places[0][2]
+
+
+def replace_linear(
+    model: nn.Module,
+    *,
+    group_size: int = 128,
+    symmetric: bool = True,
+    skip: str | Iterable[str] = ("lm_head",),
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
+    progress: bool = False,
+) -> ReplaceReport:
+    """Replace every ``nn.Linear`` inside ``model`` by a ``MarlinLinear``, rounded to nearest.
+
+    One layer at a time: the original is dropped before the next is quantised, so the memory needed
+    on top of the model is that of its largest layer. A layer found in several places is quantised
+    once and stays shared. Left as they are, with the reason in the report: subclasses of
+    ``nn.Linear`` (they may do more), and layers whose weight is tied to another module's or read by
+    their parent, which have hooks or a forward of their own, or whose dtype cannot be quantised.
+
+    Args:
+        model: any module that contains linear layers; changed in place.
+        group_size: input features that share a scale: 32, 64, 128, or -1 for all of them.
+        symmetric: zero point 8 everywhere; False fits one per group.
+        skip: names to leave: a full name, its last component, or a glob over the full name
+            (``"*.mlp.*"``, case-sensitive).
+        filter_fn: called with (layer, full name) for what is left; False leaves the layer.
+        dtype: of scales, bias and activations; None keeps fp16 or bf16, and takes fp32 to fp16.
+        device: where to quantise and leave the new layers; None: where the weights are.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        TypeError: ``model`` is itself an ``nn.Linear``, or ``dtype`` is neither fp16 nor bf16.
+        ValueError: the group size is not supported, or a weight is not finite or exceeds ``dtype``:
+            the message names the layer. NaN and infinity are found before anything is replaced.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
+    if isinstance(model, nn.Linear):
+        raise TypeError(
+            f"model: got a {type(model).__name__} itself; a module cannot replace itself in place; "
+            "use marlin.MarlinLinear.from_linear(linear)"
+        )
+    if dtype is not None and dtype not in COMPUTE_DTYPES:
+        raise TypeError(
+            f"dtype: got {dtype}; scales and activations are torch.float16 or torch.bfloat16; pass "
+            "one of the two, or None to keep the dtype of the weights"
+        )
+    group_count(1, group_size)  # refuses an unsupported size before anything is replaced
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    report = ReplaceReport()
+    chosen = _choose(model, patterns, filter_fn, report)
+    for candidate in chosen:
+        _check_finite(candidate)
+    with tqdm(total=len(chosen), unit="layer", disable=not progress) as bar:
+        while chosen:  # the last reference to a layer goes with it
+            candidate = chosen.pop(0)
+            bar.set_description(candidate.name)
+            report.replaced.append(_replace(candidate, group_size, symmetric, dtype, device))
+            bar.update()
+    return report
+
+
+def _choose(
+    model: nn.Module,
+    patterns: tuple[str, ...],
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    report: ReplaceReport,
+) -> list[_Candidate]:
+    """The layers to replace; the others are entered in ``report``."""
+    chosen = []
+    owners = _weight_owners(model)
+    for candidate in _linear_layers(model):
+        reason = _reason_to_skip(candidate, patterns, owners)
+        if not reason and filter_fn is not None and not filter_fn(candidate.linear, candidate.name):
+            reason = "filter_fn"
+        if reason:
+            report.skipped.append(SkippedLayer(candidate.name, reason))
+        else:
+            chosen.append(candidate)
+    return chosen
+
+
+def _replace(
+    candidate: _Candidate,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype | None,
+    device: torch.device | str | int | None,
+) -> ReplacedLayer:
+    linear, name = candidate.linear, candidate.name
+    before = sum(_bytes(parameter) for parameter in linear.parameters())
+    try:
+        layer = MarlinLinear.from_linear(
+            linear if device is None else _copy_to(linear, device),
+            group_size=group_size,
+            symmetric=symmetric,
+            dtype=dtype,
+        )
+    except ValueError as error:  # its message starts with the argument: "weight: got ..."
+        raise ValueError(f"{name}.{error}") from error
+    for parent, attribute, _ in candidate.places:
+        setattr(parent, attribute, layer)
+    after = sum(_bytes(buffer) for buffer in layer.buffers())
+    return ReplacedLayer(name, (layer.out_features, layer.in_features), before, after)
+
+
+def _copy_to(linear: nn.Linear, device: torch.device | str | int) -> nn.Linear:
+    """``linear`` on ``device``, the original left where it is in case it cannot be quantised."""
+    moved = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    if linear.weight.is_meta:
+        device = "meta"
+    moved.weight = nn.Parameter(linear.weight.detach().to(device), requires_grad=False)
+    if linear.bias is not None:
+        moved.bias = nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+    return moved.train(linear.training)
+
+
+def _linear_layers(model: nn.Module) -> list[_Candidate]:
+    """Every linear layer below ``model``, once each."""
+    found: dict[int, _Candidate] = {}
+    for path, parent in model.named_modules():  # each parent once, so each place once
+        for attribute, child in parent._modules.items():
+            if isinstance(child, nn.Linear):
+                name = f"{path}.{attribute}" if path else attribute
+                candidate = found.setdefault(id(child), _Candidate(child, []))
+                candidate.places.append((parent, attribute, name))
+    return list(found.values())
+
+
+def _weight_owners(model: nn.Module) -> dict[Any, list[tuple[nn.Module, str]]]:
+    """For each parameter in memory, the modules that hold it, with their names."""
+    owners: dict[Any, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(_identity(parameter), []).append((module, path))
+    return owners
+
+
+def _identity(parameter: Tensor) -> Any:
+    """Equal for parameters that are one tensor in memory, even as two objects."""
+    plain = type(parameter) in (Tensor, nn.Parameter) and parameter.layout == torch.strided
+    if not plain or parameter.is_meta or parameter.numel() == 0:
+        return id(parameter)
+    return (parameter.device, parameter.data_ptr(), parameter.shape, parameter.stride())
+
+
+def _reason_to_skip(
+    candidate: _Candidate,
+    patterns: tuple[str, ...],
+    owners: dict[Any, list[tuple[nn.Module, str]]],
+) -> str:
+    """Why a layer must stay as it is; empty if it need not."""
+    linear = candidate.linear
+    for pattern in patterns:
+        if any(_matches(name, pattern) for _, _, name in candidate.places):
+            return f"skip={pattern!r}"
+    if "parametrizations" in linear._modules:
+        return "its weight is parametrized; make it permanent with remove_parametrizations"
+    if type(linear) is not nn.Linear:
+        return f"{type(linear).__name__} is a subclass of nn.Linear and may do more than it"
+    hooks = [hook for hook in HOOKS if getattr(linear, hook, None)]
+    if hooks:
+        return f"it has hooks ({', '.join(hooks)}), which the new layer would not run"
+    if "forward" in vars(linear):
+        return "its forward was replaced on the instance (as accelerate does)"
+    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _, _ in candidate.places):
+        return "nn.TransformerEncoderLayer reads its weight in its fast path"
+    if type(linear.weight) not in (Tensor, nn.Parameter):
+        return f"its weight is a {type(linear.weight).__name__}, not a plain tensor"
+    tied = [path for module, path in owners[_identity(linear.weight)] if module is not linear]
+    if tied:
+        return f"its weight is tied to that of {', '.join(path or 'the model' for path in tied)}"
+    if not linear.weight.is_floating_point() or linear.weight.element_size() < 2:
+        return f"its weight is {linear.weight.dtype}, not a float of 16 bits or more"
+    if linear.weight.numel() == 0:
+        return "its weight is empty"
+    return ""
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
+
+
+def _check_finite(candidate: _Candidate) -> None:
+    for name, parameter in candidate.linear.named_parameters():
+        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                f"{candidate.name}.{name}: got NaN or infinity; every weight must be finite, and "
+                "nothing has been replaced; repair the checkpoint, or leave this layer with "
+                f"skip=({candidate.name!r},)"
+            )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

@@ -1,0 +1,191 @@
+"""Small synthetic GPTQ checkpoints for the tests, and what they hold, written by the safetensors
+library itself.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import reference
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@dataclass
+class GptqLayer:
+    """The true content of one quantized layer: q uint8 [N, K], zeros uint8 [G, N], scales [G, N],
+    g_idx int32 [K].
+    """
+
+    q: Tensor
+    zeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    group_size: int
+    bias: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        """The dequantized weight, fp64 [N, K]."""
+        index = self.g_idx.long()
+        return (self.q.double() - self.zeros[index].T.double()) * self.scales[index].T.double()
+
+
+@dataclass
+class Source:
+    """A checkpoint on disk and what it holds."""
+
+    directory: Path
+    layers: dict[str, GptqLayer]
+    others: dict[str, Tensor]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def make_layer(
+    k: int,
+    n: int,
+    group_size: int = 32,
+    *,
+    sym: bool = True,
+    act_order: bool = False,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> GptqLayer:
+    """A layer of random integers; ``act_order`` shuffles the features among the groups."""
+    random = torch.Generator().manual_seed(seed)
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    g_idx = torch.arange(k) // group_size if group_size != -1 else torch.zeros(k, dtype=torch.int64)
+    if act_order:
+        g_idx = g_idx[torch.randperm(k, generator=random)]
+    zeros = torch.full((groups, n), 8, dtype=torch.uint8)
+    if not sym:
+        zeros = torch.randint(1, 16, (groups, n), generator=random).to(torch.uint8)
+    return GptqLayer(
+        q=torch.randint(0, 16, (n, k), generator=random).to(torch.uint8),
+        zeros=zeros,
+        scales=(torch.rand(groups, n, generator=random) * 0.02 + 0.001).to(dtype),
+        g_idx=g_idx.to(torch.int32),
+        group_size=group_size,
+        bias=torch.randn(n, generator=random).to(dtype) if bias else None,
+    )
+
+
+def pack_zeros(zeros: Tensor, version: int = 1) -> Tensor:
+    """uint8 [G, N] -> a GPTQ ``qzeros``, int32 [G, N/8]; version 1 stores each zero point minus
+    one, modulo 16.
+    """
+    stored = (zeros.long() - (1 if version == 1 else 0)) & 15
+    words = (stored.view(zeros.size(0), -1, 8) << (4 * torch.arange(8))).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def gptq_tensors(layer: GptqLayer, version: int = 1) -> dict[str, Tensor]:
+    """The tensors that a GPTQ checkpoint stores for a layer."""
+    tensors = {
+        "qweight": reference.gptq_pack(layer.q).contiguous(),
+        "qzeros": pack_zeros(layer.zeros, version),
+        "scales": layer.scales,
+        "g_idx": layer.g_idx,
+    }
+    if layer.bias is not None:
+        tensors["bias"] = layer.bias
+    return tensors
+
+
+def gptq_config(group_size: int = 32, **changes: Any) -> dict[str, Any]:
+    """A ``config.json`` of a GPTQ model; ``changes`` go to its quantization_config, None removes a
+    key.
+    """
+    quantization = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": group_size,
+        "sym": True,
+        "desc_act": False,
+        "checkpoint_format": "gptq",
+        **changes,
+    }
+    quantization = {key: value for key, value in quantization.items() if value is not None}
+    return {"model_type": "tiny", "hidden_size": 64, "quantization_config": quantization}
+
+
+def default_layers() -> dict[str, GptqLayer]:
+    """Three layers: plain, with bias, and with sizes that are not multiples of 64."""
+    return {
+        "model.layers.0.up": make_layer(64, 96, seed=1),
+        "model.layers.0.down": make_layer(96, 64, bias=True, seed=2),
+        "model.layers.1.up": make_layer(72, 40, seed=3),
+    }
+
+
+def write_checkpoint(
+    directory: Path,
+    layers: dict[str, GptqLayer] | None = None,
+    *,
+    config: dict[str, Any] | None = None,
+    version: int = 1,
+    shards: int = 1,
+    others: dict[str, Tensor] | None = None,
+) -> Source:
+    """Write a checkpoint; with several shards a layer's tensors are spread over them on purpose."""
+    layers = default_layers() if layers is None else layers
+    if others is None:
+        random = torch.Generator().manual_seed(7)
+        others = {
+            "model.embed.weight": torch.randn(50, 64, generator=random).half(),
+            "model.norm.weight": torch.randn(64, generator=random).bfloat16(),
+            "model.step": torch.tensor(3),
+            "model.mask": torch.tensor([True, False, True]),
+        }
+    tensors = {name: tensor.clone() for name, tensor in others.items()}
+    for name, layer in layers.items():
+        tensors |= {f"{name}.{leaf}": t.clone() for leaf, t in gptq_tensors(layer, version).items()}
+    if config is None:
+        sizes = {layer.group_size for layer in layers.values()}
+        config = gptq_config(sizes.pop(), checkpoint_format="gptq" if version == 1 else "gptq_v2")
+    directory.mkdir(parents=True)
+    write_tensors(directory, tensors, shards)
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.json").write_text('{"version": "1.0"}')
+    (directory / "tokenizer_config.json").write_text("{}")
+    return Source(directory, layers, others, tensors, config)
+
+
+def write_tensors(directory: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
+    """Write tensors as one file, or round robin over ``shards`` files and an index."""
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        return
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = dict(list(tensors.items())[shard::shards])
+        save_file(part, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file under a folder and its bytes."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def read_all(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by the safetensors library."""
+    from safetensors.torch import load_file
+
+    return {
+        name: t
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }

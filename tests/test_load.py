@@ -1,0 +1,139 @@
+"""Converted checkpoints in models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import (
+    Source,
+    gptq_config,
+    make_layer,
+    read_all,
+    write_checkpoint,
+    write_tensors,
+)
+from torch import nn
+
+from marlin.convert import convert
+from marlin.formats.checkpoint import CheckpointError
+
+
+class Tiny(nn.Module):
+    """A model with a tied head, a buffer, and the layers of ``default_layers``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed = nn.Embedding(50, 64)
+        self.model.norm = nn.LayerNorm(64, bias=False)
+        self.model.register_buffer("step", torch.tensor(0))
+        self.model.register_buffer("mask", torch.zeros(3, dtype=torch.bool))
+        first, second = nn.Module(), nn.Module()
+        first.up, first.down = nn.Linear(64, 96, bias=False), nn.Linear(96, 64)
+        second.up = nn.Linear(72, 40, bias=False)
+        self.model.layers = nn.ModuleList([first, second])
+        self.head = nn.Linear(64, 50, bias=False)
+        self.head.weight = self.model.embed.weight
+
+
+class TestLoad:
+    @pytest.fixture
+    def converted(self, tmp_path: Path) -> Source:
+        source = write_checkpoint(tmp_path / "src")
+        convert(source.directory, tmp_path / "dst", progress=False)
+        return Source(tmp_path / "dst", source.layers, source.others)
+
+    @pytest.mark.parametrize("start", ["cpu", "meta"])
+    def test_values(self, converted: Source, start: str) -> None:
+        from marlin.linear import MarlinLinear
+        from marlin.load import load
+
+        with torch.device(start):
+            model = Tiny()
+        assert load(model, converted.directory) is model
+        assert model.head.weight is model.model.embed.weight
+        assert torch.equal(model.model.embed.weight, converted.others["model.embed.weight"])
+        assert model.model.step == 3
+        for name, layer in converted.layers.items():
+            module = model.get_submodule(name)
+            assert isinstance(module, MarlinLinear)
+            x = torch.randn(5, layer.q.size(1)).half()
+            want = x.double() @ layer.weight().T + (
+                0 if layer.bias is None else layer.bias.double()
+            )
+            torch.testing.assert_close(module(x).double(), want, rtol=2e-3, atol=2e-3)
+        assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+    def test_refuses_another_model(self, converted: Source) -> None:
+        from marlin.load import load
+
+        model = Tiny()
+        model.extra = nn.Linear(2, 2)
+        del model.model.mask
+        model.model.layers[0].up = nn.Linear(64, 95, bias=False)
+        model.model.norm = nn.LayerNorm(65, bias=False)
+        before = {name: id(module) for name, module in model.named_modules()}
+        with pytest.raises(CheckpointError) as caught:
+            load(model, converted.directory)
+        text = "\n".join(caught.value.refusals)
+        assert len(caught.value.refusals) == 5
+        assert "extra.weight: the checkpoint has no such tensor" in text
+        assert "model.mask: the model has no such parameter" in text
+        assert "model.layers.0.up: the model's layer is 64 -> 95 features" in text
+        assert "model.norm.weight: the checkpoint's shape is [64], the model's [65]" in text
+        assert {name: id(module) for name, module in model.named_modules()} == before
+
+    def test_refuses_the_source(self, tmp_path: Path) -> None:
+        from marlin.load import load
+
+        write_checkpoint(tmp_path / "src")
+        with pytest.raises(CheckpointError, match="marlin convert"):
+            load(Tiny(), tmp_path / "src")
+
+    def test_buffers_that_meta_cannot_compute(self, converted: Source) -> None:
+        from marlin.load import load
+
+        with torch.device("meta"):
+            model = Tiny()
+            model.register_buffer("angles", torch.arange(4.0), persistent=False)
+        with pytest.raises(CheckpointError, match="no values for the buffers angles"):
+            load(model, converted.directory)
+
+    def test_computed_buffers_are_rebuilt(self, converted: Source) -> None:
+        from marlin.load import load
+
+        class Rotary(nn.Module):
+            def __init__(self, config: int) -> None:
+                super().__init__()
+                self.config = config
+                self.register_buffer("angles", torch.arange(float(config)), persistent=False)
+
+        with torch.device("meta"):
+            model = Tiny()
+            model.rotary = Rotary(4)
+        load(model, converted.directory)
+        assert torch.equal(model.rotary.angles, torch.arange(4.0))
+
+    @pytest.mark.parametrize(
+        ("leaf", "value", "reason"),
+        [
+            ("perm", 3, "not a permutation"),
+            ("zeros", 16, "zeros holds 16"),
+            ("scales", float("inf"), "finite"),
+        ],
+    )
+    def test_damaged_values(self, tmp_path: Path, leaf: str, value: float, reason: str) -> None:
+        from marlin.load import load
+
+        layer = make_layer(64, 64, act_order=True, sym=False)
+        write_checkpoint(tmp_path / "src", {"x": layer}, config=gptq_config(sym=False), others={})
+        convert(tmp_path / "src", tmp_path / "dst", progress=False)
+        tensors = read_all(tmp_path / "dst")
+        tensors[f"x.{leaf}"].view(-1)[5] = value
+        write_tensors(tmp_path / "dst", tensors)
+        model = nn.Module()
+        model.x = nn.Linear(64, 64, bias=False)
+        with pytest.raises(CheckpointError, match=reason):
+            load(model, tmp_path / "dst")
