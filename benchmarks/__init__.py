@@ -1,0 +1,1 @@
+"""Measurements of marlin: ``python -m benchmarks --help``."""

@@ -1,0 +1,53 @@
+"""What a result must say of the machine and the code that gave it."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+from pathlib import Path
+
+import torch
+
+METHOD = (
+    "time per call inside one CUDA graph that walks over at least 320 MB of distinct weights (cold "
+    "L2), random weights and activations, median of 7 windows of replays, CUDA events; cuBLAS fp16 "
+    "(torch.nn.functional.linear) by the same method in the same process"
+)
+
+
+def commit() -> str:
+    """The checkout's commit, with ``+`` where tracked files differ from it."""
+
+    def git(*args: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../marlin")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def driver_version() -> str:
+    """The version of the NVIDIA driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def describe(commit_name: str | None = None) -> dict[str, str]:
+    """The ``meta`` of a results file."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver_version(),
+        "cuda": str(torch.version.cuda),
+        "torch": torch.__version__,
+        "commit": commit_name or commit(),
+        "date": datetime.date.today().isoformat(),
+        "method": METHOD,
+    }
