@@ -71,7 +71,9 @@ def points(only: list[str] | None, ms: list[int] | None) -> Iterator[tuple[int, 
 def measure(args: argparse.Namespace) -> list[Row]:
     """Measures every point, printing a line for each."""
     rows = []
-    print(f"{'N x K':>14} {'M':>5} {'us':>8} {'cuBLAS':>8} {'floor':>8} {'share':>6} {'speedup':>7}")
+    print(
+        f"{'N x K':>14} {'M':>5} {'us':>8} {'cuBLAS':>8} {'floor':>8} {'share':>6} {'speedup':>7}"
+    )
     for n, k, m in points(args.shape, args.m):
         us = marlin_us(n, k, m, args.group_size, DTYPES[args.dtype], args.zeros)
         reference = cublas_us(n, k, m)
@@ -99,16 +101,25 @@ def geometric_mean(values: list[float]) -> float:
 
 def summarise(rows: list[Row]) -> None:
     """Prints the geometric mean share of the floor by range of M."""
-    for name, low, high in (("M <= 32", 1, 32), ("M = 64, 128", 64, 128), ("M >= 256", 256, 1 << 30)):
+    for name, low, high in (
+        ("M <= 32", 1, 32),
+        ("M = 64, 128", 64, 128),
+        ("M >= 256", 256, 1 << 30),
+    ):
         shares = [row.share for row in rows if low <= row.m <= high]
         if shares:
-            print(f"geometric mean share of the floor, {name}: {geometric_mean(shares):.3f} ({len(shares)} points)")
+            mean = geometric_mean(shares)
+            print(f"geometric mean share of the floor, {name}: {mean:.3f} ({len(shares)} points)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks gemm``."""
-    parser.add_argument("--shape", action="append", metavar="NxK", help="only this layer; may repeat")
-    parser.add_argument("--m", type=lambda s: [int(v) for v in s.split(",")], help="tokens, e.g. 1,16")
+    parser.add_argument(
+        "--shape", action="append", metavar="NxK", help="only this layer; may repeat"
+    )
+    parser.add_argument(
+        "--m", type=lambda s: [int(v) for v in s.split(",")], help="tokens, e.g. 1,16"
+    )
     parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128, -1))
     parser.add_argument("--dtype", default="float16", choices=DTYPES)
     parser.add_argument("--zeros", action="store_true", help="asymmetric: with zero points")

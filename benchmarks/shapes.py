@@ -14,7 +14,7 @@ GEMM_POINTS: dict[tuple[int, int], tuple[int, ...]] = {
     (73728, 18432): (1, 16, 32, 64),
 }
 
-# Measured on an NVIDIA H200: the best read rate, and a large fp16 matrix product under its power cap.
+# Measured on an NVIDIA H200: the best read rate, and a large fp16 product under its power cap.
 BYTES_PER_SECOND = 4.72e12
 FLOPS_PER_SECOND = 790e12
 

@@ -1,4 +1,4 @@
-"""Times calls the way a model makes them: inside a CUDA graph, with weights that are not in cache."""
+"""Times calls as a model makes them: inside a CUDA graph, with weights that are not in cache."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-# Distinct weights add up to more than five times the largest L2 cache (60 MB on an H200), so that by
-# the time a weight's turn comes again nothing of it is left.
+# Distinct weights add up to more than five times the largest L2 cache (60 MB on an H200), so that
+# by the time a weight's turn comes again nothing of it is left.
 COLD_BYTES = 320e6
 
 
@@ -17,8 +17,10 @@ def copies_for(bytes_each: int) -> int:
     return max(2, -(-int(COLD_BYTES) // max(1, bytes_each)))
 
 
-def time_us(calls: Sequence[Callable[[], object]], *, window_ms: float = 10.0, repeats: int = 7) -> float:
-    """Microseconds per call: the median over ``repeats`` windows of replays of one graph of ``calls``."""
+def time_us(
+    calls: Sequence[Callable[[], object]], *, window_ms: float = 10.0, repeats: int = 7
+) -> float:
+    """Microseconds per call: median over ``repeats`` windows of replays of a graph of ``calls``."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

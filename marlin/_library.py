@@ -30,7 +30,7 @@ _load()
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """A / b, rounded up."""
     return -(-a // b)
 
 
@@ -53,9 +53,7 @@ def _check_dtype(op: str, name: str, t: Tensor, wanted: torch.dtype) -> None:
 
 
 def _check_dim(op: str, name: str, t: Tensor, dim: int, layout: str) -> None:
-    _check(
-        t.dim() == dim, f"marlin::{op}: {name} must have shape {layout}, got {_shape(t)}"
-    )
+    _check(t.dim() == dim, f"marlin::{op}: {name} must have shape {layout}, got {_shape(t)}")
 
 
 def _check_contiguous(op: str, name: str, t: Tensor) -> None:
@@ -86,7 +84,7 @@ def _check_packed(op: str, qweight: Tensor) -> None:
 
 
 def group_size_of(groups: int, k: int) -> int:
-    """The group size of a weight with ``groups`` rows of scales over ``k`` columns; 0 if none fits."""
+    """The group size of a weight with ``groups`` rows of scales over ``k`` columns; 0: none."""
     if groups == 1:
         return k
     return next((size for size in (32, 64, 128) if ceil_div(k, size) == groups), 0)
@@ -116,8 +114,8 @@ def _check_weight(
     )
     _check(
         group_size_of(groups, k) != 0,
-        f"marlin::{op}: scales has G = {groups} groups, but K = {k} makes 1, or "
-        f"{ceil_div(k, 32)}, {ceil_div(k, 64)} or {ceil_div(k, 128)} for group sizes 32, 64 and 128",
+        f"marlin::{op}: scales has G = {groups} groups, but K = {k} makes 1, or {ceil_div(k, 32)}, "
+        f"{ceil_div(k, 64)} or {ceil_div(k, 128)} for group sizes 32, 64 and 128",
     )
     if zeros is not None:
         _check_dtype(op, "zeros", zeros, torch.uint8)
@@ -269,6 +267,4 @@ def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_input, None, None, None, None, grad_bias
 
 
-torch.library.register_autograd(
-    "marlin::gemm", _gemm_backward, setup_context=_gemm_setup_context
-)
+torch.library.register_autograd("marlin::gemm", _gemm_backward, setup_context=_gemm_setup_context)

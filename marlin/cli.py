@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from marlin.verify import VerifyReport, verify
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
 SHOWN_MISMATCHES = 20
+CMAKE_DIR = Path(__file__).parent / "share" / "cmake" / "marlin"
 
 
 def _size(text: str) -> int:
@@ -225,6 +227,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="marlin", description="4-bit weights for fast matrix products."
     )
     parser.add_argument("--version", action="version", version=f"marlin {_version()}")
+    parser.add_argument(
+        "--cmake-dir",
+        action="version",
+        version=str(CMAKE_DIR),
+        help="print the folder for CMake's find_package(marlin): -Dmarlin_DIR=...",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("convert", help="convert a GPTQ checkpoint")

@@ -10,12 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # reference.py, operands.py, checkpoints.py
 
-import marlin  # noqa: E402, F401 - loads the ops
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device of compute capability 8.0 or later")
-    config.addinivalue_line("markers", "multi_gpu: needs two CUDA devices")
+import marlin  # noqa: F401 - loads the ops
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

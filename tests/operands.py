@@ -28,9 +28,7 @@ class Weight:
         return self.q.size(1)
 
     def gemm(self, x: Tensor) -> Tensor:
-        return torch.ops.marlin.gemm(
-            x, self.qweight, self.scales, self.zeros, self.perm, self.bias
-        )
+        return torch.ops.marlin.gemm(x, self.qweight, self.scales, self.zeros, self.perm, self.bias)
 
     def dense64(self) -> Tensor:
         return reference.dequantize64(self.qweight, self.scales, self.zeros, self.perm, self.k)
@@ -71,9 +69,9 @@ def make_weight(
     if integers:
         tensors["bias"] = torch.randint(-8, 9, (n,), generator=g).to(dtype)
     wanted = {"zeros": zeros, "perm": perm, "bias": bias}
-    return Weight(**{
-        name: t.to(device) if wanted.get(name, True) else None for name, t in tensors.items()
-    })
+    return Weight(
+        **{name: t.to(device) if wanted.get(name, True) else None for name, t in tensors.items()}
+    )
 
 
 def make_input(m: int, k: int, *, dtype: torch.dtype, device: str = "cpu", seed: int = 1) -> Tensor:

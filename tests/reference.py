@@ -96,7 +96,7 @@ def gemm64(
 
 
 def gptq_pack(q: Tensor) -> Tensor:
-    """uint8 [N, K] -> a GPTQ ``qweight``, int32 [K/8, N]: nibble i of word (r, n) is q[n, 8r + i]."""
+    """uint8 [N, K] -> GPTQ ``qweight``, int32 [K/8, N]: nibble i of word (r, n) is q[n, 8r + i]."""
     n, k = q.shape
     words = (q.cpu().long().T.reshape(k // 8, 8, n) << (4 * torch.arange(8)).view(1, 8, 1)).sum(1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

@@ -1,22 +1,19 @@
 """A short run of every kernel for compute-sanitizer (``make sanitize``), checked against fp64.
 
-Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own and a read
-past its end, or of scratch that nobody wrote, is seen.
+Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own and a
+read past its end, or of scratch that nobody wrote, is seen.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
+import reference
 import torch
 from operands import DTYPES, make_input, make_weight
 
 import marlin  # noqa: F401 - loads the ops
-import reference
 
 
 def multiply() -> None:

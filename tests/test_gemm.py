@@ -20,7 +20,9 @@ LARGE_SHAPES = [
 EVERY_M = [*range(131), 255, 256, 257, 258]
 
 
-def check(m: int, n: int, k: int, group_size: int, dtype: torch.dtype, device: str, **options: bool):
+def check(
+    m: int, n: int, k: int, group_size: int, dtype: torch.dtype, device: str, **options: bool
+):
     weight = make_weight(n, k, group_size, dtype=dtype, device=device, **options)
     x = make_input(m, k, dtype=dtype, device=device)
     y = weight.gemm(x)
@@ -63,9 +65,7 @@ def test_large_shapes(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("zeros", [False, True], ids=["sym", "asym"])
 @pytest.mark.parametrize("perm", [False, True], ids=["plain", "actorder"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_options(
-    device: str, dtype: torch.dtype, perm: bool, zeros: bool, group_size: int
-) -> None:
+def test_options(device: str, dtype: torch.dtype, perm: bool, zeros: bool, group_size: int) -> None:
     for m in (1, 5, 16, 40, 70):
         for n, k in ((192, 384), (200, 328), (77, 301)):
             check(m, n, k, group_size, dtype, device, zeros=zeros, perm=perm, bias=perm)
@@ -76,7 +76,9 @@ def test_options(
 def test_small_integers_are_exact(device: str, dtype: torch.dtype, m: int) -> None:
     """Sums of few small integers are integers below 2^8, which even bf16 holds exactly."""
     n, k = 320, 1024
-    weight = make_weight(n, k, 128, dtype=dtype, device=device, zeros=True, bias=True, integers=True)
+    weight = make_weight(
+        n, k, 128, dtype=dtype, device=device, zeros=True, bias=True, integers=True
+    )
     g = torch.Generator().manual_seed(m)
     x = torch.zeros(m, k)
     for token in range(m):  # eight ones or minus ones in random places: |y| <= 8 * 15 + 8

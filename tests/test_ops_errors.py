@@ -1,6 +1,9 @@
 """Every wrong argument of every op: a RuntimeError that names the op and the argument, says what it
 got and the rule, and is the same, word for word, from the compiled op and from its fake kernel."""
 
+# The tables below are one case a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -186,7 +189,9 @@ def test_missing_and_unknown_arguments_are_named() -> None:
 def test_mixed_devices(name: str) -> None:
     arguments = to_device(gemm_arguments(), "cuda")
     arguments[name] = arguments[name].cpu()
-    with pytest.raises(RuntimeError, match=f"{name} is on cpu but .* is on cuda:0; move them to one device"):
+    with pytest.raises(
+        RuntimeError, match=f"{name} is on cpu but .* is on cuda:0; move them to one device"
+    ):
         ops.gemm(**arguments)
 
 

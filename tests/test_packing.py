@@ -23,7 +23,9 @@ def test_pack_and_unpack(device: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 2**31))
 def test_round_trip_of_any_shape(n: int, k: int, seed: int) -> None:
-    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    q = torch.randint(
+        0, 16, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     packed = ops.pack(q)
     assert torch.equal(packed, reference.pack(q))
     assert torch.equal(ops.unpack(packed, n, k), q)

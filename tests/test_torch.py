@@ -36,9 +36,7 @@ def test_opcheck_packing(device: str) -> None:
         (ops.repack_awq, (awq,)),
     ):
         torch.library.opcheck(op.default, arguments)
-    torch.library.opcheck(
-        ops.dequantize.default, (w.qweight, w.scales, w.zeros, w.perm), {"k": K}
-    )
+    torch.library.opcheck(ops.dequantize.default, (w.qweight, w.scales, w.zeros, w.perm), {"k": K})
 
 
 def layer(device: str, dtype: torch.dtype = torch.float16):

@@ -57,8 +57,7 @@ void dequantize(const Dequantize& args, const ParallelFor& parallel_for) {
       for (int64_t row = begin; row < end; ++row) {
         for (int64_t col = 0; col < args.k; ++col) {
           const int64_t at = col / args.group_size * args.n + row;
-          const int q =
-              static_cast<int>(layout::unpacked_weight(args.qweight, k_blocks, row, col));
+          const int q = static_cast<int>(layout::unpacked_weight(args.qweight, k_blocks, row, col));
           const int zero = args.zeros ? args.zeros[at] : layout::kSymmetricZero;
           const int64_t feature = args.perm ? args.perm[col] : col;
           weight[row * args.k + feature] =

@@ -27,9 +27,9 @@ KernelAttributes kernel_attributes(int id, DType dtype) {
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, tile.threads(), shared),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return {a.numRegs,      static_cast<int>(a.localSizeBytes),
-          shared,         tile.threads(),
-          blocks,         a.binaryVersion,
+  return {a.numRegs,   static_cast<int>(a.localSizeBytes),
+          shared,      tile.threads(),
+          blocks,      a.binaryVersion,
           a.ptxVersion};
 }
 

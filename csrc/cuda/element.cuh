@@ -4,8 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <type_traits>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/ptx/logic.cuh"
 #include "layout/convert.h"

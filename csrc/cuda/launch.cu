@@ -51,7 +51,7 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 // The scratch of one call, in order: aligned copies of what is not aligned (or not in the packed
 // order), then the partial sums. The copies' sizes are 0 where the caller's tensors will do.
 struct Scratch {
-  int64_t input_columns, scale_columns;  // of a padded row
+  int64_t input_columns, scale_columns;                    // of a padded row
   int64_t input = 0, scales = 0, zeros = 0, partials = 0;  // bytes
 
   Scratch(const Gemm& args, const plan::Plan& plan)
@@ -75,9 +75,9 @@ void gather(const Value* source, int64_t stride, const int32_t* perm, void* out,
             int64_t columns, int64_t padded, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(layout::ceil_div(padded, kGatherThreads)),
                   static_cast<unsigned>(std::min<int64_t>(rows, 65535)));
-  gather_kernel<Value><<<grid, kGatherThreads, 0, stream>>>(
-      source, stride, perm, static_cast<Value*>(out), rows, static_cast<int>(columns),
-      static_cast<int>(padded));
+  gather_kernel<Value>
+      <<<grid, kGatherThreads, 0, stream>>>(source, stride, perm, static_cast<Value*>(out), rows,
+                                            static_cast<int>(columns), static_cast<int>(padded));
   check(cudaGetLastError(), "gather_kernel");
 }
 
@@ -141,18 +141,15 @@ void launch(const Gemm& args, const plan::Plan& plan, void* workspace, cudaStrea
   check(cudaGetLastError(), "gemm_kernel");
   if (!plan.partition.splits_tiles()) return;
   const int64_t tokens = std::min<int64_t>(args.m, tile.tokens);
-  const dim3 grid(
-      static_cast<unsigned>(plan.partition.tiles()),
-      static_cast<unsigned>(layout::ceil_div(tokens, sm80::kReduceTokens)));
+  const dim3 grid(static_cast<unsigned>(plan.partition.tiles()),
+                  static_cast<unsigned>(layout::ceil_div(tokens, sm80::kReduceTokens)));
   instance.reduce<<<grid, dim3(tile.rows(), sm80::kReduceTokens), 0, stream>>>(params);
   check(cudaGetLastError(), "reduce_kernel");
 }
 
 }  // namespace
 
-int64_t gemm_workspace_bytes(const Gemm& args) {
-  return Scratch(args, plan_of(args)).bytes();
-}
+int64_t gemm_workspace_bytes(const Gemm& args) { return Scratch(args, plan_of(args)).bytes(); }
 
 void gemm(const Gemm& args, void* workspace, void* stream) {
   if (args.m == 0 || args.n == 0) return;

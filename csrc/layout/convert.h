@@ -14,8 +14,12 @@ namespace marlin::layout {
 
 struct Fp16 {  // 10 mantissa bits: a nibble fits at bits 2..5 (P = 256) and at bits 6..9 (P = 16)
   MARLIN_HOST_DEVICE static constexpr int rotate(int r) { return r / 2 * 8; }
-  MARLIN_HOST_DEVICE static constexpr uint32_t mask(int r) { return r % 2 ? 0x03c003c0 : 0x003c003c; }
-  MARLIN_HOST_DEVICE static constexpr uint32_t magic(int r) { return r % 2 ? 0x4c004c00 : 0x5c005c00; }
+  MARLIN_HOST_DEVICE static constexpr uint32_t mask(int r) {
+    return r % 2 ? 0x03c003c0 : 0x003c003c;
+  }
+  MARLIN_HOST_DEVICE static constexpr uint32_t magic(int r) {
+    return r % 2 ? 0x4c004c00 : 0x5c005c00;
+  }
   MARLIN_HOST_DEVICE static constexpr int offset(int r) { return r % 2 ? 16 : 256; }
   MARLIN_HOST_DEVICE static constexpr int position(int r) { return r % 2 ? 6 : 2; }
 };

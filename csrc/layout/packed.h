@@ -17,13 +17,13 @@
 
 namespace marlin::layout {
 
-inline constexpr int kBlock = 64;           // output features, and input features, of a block
-inline constexpr int kThreads = 128;        // threads that share a block: four warps of 16 rows
-inline constexpr int kWordsPerThread = 4;   // one 32-bit word per k16 step
-inline constexpr int kNibblesPerWord = 8;   // four registers x two halves
+inline constexpr int kBlock = 64;          // output features, and input features, of a block
+inline constexpr int kThreads = 128;       // threads that share a block: four warps of 16 rows
+inline constexpr int kWordsPerThread = 4;  // one 32-bit word per k16 step
+inline constexpr int kNibblesPerWord = 8;  // four registers x two halves
 inline constexpr int kWordsPerBlock = kThreads * kWordsPerThread;
 inline constexpr int kBytesPerBlock = kWordsPerBlock * 4;
-inline constexpr int kSymmetricZero = 8;    // the zero point of a layer without a `zeros` tensor
+inline constexpr int kSymmetricZero = 8;  // the zero point of a layer without a `zeros` tensor
 
 // Every word is rotated left by this much, so that fp16 takes all eight nibbles into mantissas with
 // one shift (5 instructions) and bf16 with three (7): see layout/convert.h.

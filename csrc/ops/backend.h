@@ -7,7 +7,7 @@ namespace marlin::ops {
 
 // `on_cpu(parallel_for)` or `on_cuda(stream)`, the latter with the tensor's device made current.
 template <typename OnCpu, typename OnCuda>
-void run_where(const Tensor& t, OnCpu&& on_cpu, OnCuda&& on_cuda) {
+void run_where(const Tensor& t, OnCpu&& on_cpu, [[maybe_unused]] OnCuda&& on_cuda) {
   if (!t.is_cuda()) {
     on_cpu(cpu::ParallelFor(torch_parallel_for));
     return;
@@ -17,9 +17,9 @@ void run_where(const Tensor& t, OnCpu&& on_cpu, OnCuda&& on_cuda) {
   on_cuda(current_stream(t.get_device_index()));
 #else
   MARLIN_CHECK(false,
-                  "marlin: a CUDA tensor was given, but marlin was built without CUDA kernels "
-                  "because nvcc was not found; install the CUDA Toolkit (or set CUDA_HOME) and "
-                  "reinstall marlin");
+               "marlin: a CUDA tensor was given, but marlin was built without CUDA kernels "
+               "because nvcc was not found; install the CUDA Toolkit (or set CUDA_HOME) and "
+               "reinstall marlin");
 #endif
 }
 

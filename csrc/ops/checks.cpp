@@ -23,72 +23,69 @@ int64_t group_size_of(int64_t groups, int64_t k) {
 }  // namespace
 
 void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType wanted) {
-  MARLIN_CHECK(t.scalar_type() == wanted, prefix(op, name), "must be ", name_of(wanted),
-                  ", got ", name_of(t.scalar_type()));
+  MARLIN_CHECK(t.scalar_type() == wanted, prefix(op, name), "must be ", name_of(wanted), ", got ",
+               name_of(t.scalar_type()));
 }
 
 void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* layout) {
-  MARLIN_CHECK(t.dim() == dim, prefix(op, name), "must have shape ", layout, ", got ",
-                  shape_of(t));
+  MARLIN_CHECK(t.dim() == dim, prefix(op, name), "must have shape ", layout, ", got ", shape_of(t));
 }
 
 void check_contiguous(const char* op, const char* name, const Tensor& t) {
   MARLIN_CHECK(t.is_contiguous(), prefix(op, name), "must be contiguous; call ", name,
-                  ".contiguous()");
+               ".contiguous()");
 }
 
-void check_same_device(const char* op, const char* name, const Tensor& t, const char* reference_name,
-                       const Tensor& reference) {
+void check_same_device(const char* op, const char* name, const Tensor& t,
+                       const char* reference_name, const Tensor& reference) {
   MARLIN_CHECK(device_of(t) == device_of(reference), prefix(op, name), "is on ", device_of(t),
-                  " but ", reference_name, " is on ", device_of(reference),
-                  "; move them to one device");
+               " but ", reference_name, " is on ", device_of(reference),
+               "; move them to one device");
 }
 
 void check_packed(const char* op, const Tensor& qweight) {
   check_dtype(op, "qweight", qweight, ScalarType::Int);
   MARLIN_CHECK(qweight.dim() == 3 && qweight.size(2) == layout::kWordsPerBlock,
-                  prefix(op, "qweight"), "must have shape [ceil(N/64), ceil(K/64), 512], got ",
-                  shape_of(qweight), "; make it with pack, repack_gptq or repack_awq");
+               prefix(op, "qweight"), "must have shape [ceil(N/64), ceil(K/64), 512], got ",
+               shape_of(qweight), "; make it with pack, repack_gptq or repack_awq");
   check_contiguous(op, "qweight", qweight);
-  MARLIN_CHECK(reinterpret_cast<uintptr_t>(qweight.data_ptr()) % 16 == 0,
-                  prefix(op, "qweight"), "must start at a 16-byte boundary; call qweight.clone()");
+  MARLIN_CHECK(reinterpret_cast<uintptr_t>(qweight.data_ptr()) % 16 == 0, prefix(op, "qweight"),
+               "must start at a 16-byte boundary; call qweight.clone()");
 }
 
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales,
                          const OptionalTensor& zeros, const OptionalTensor& perm, int64_t k) {
   check_packed(op, qweight);
-  MARLIN_CHECK(scales.scalar_type() == ScalarType::Half ||
-                      scales.scalar_type() == ScalarType::BFloat16,
-                  prefix(op, "scales"), "must be float16 or bfloat16, got ",
-                  name_of(scales.scalar_type()));
+  MARLIN_CHECK(
+      scales.scalar_type() == ScalarType::Half || scales.scalar_type() == ScalarType::BFloat16,
+      prefix(op, "scales"), "must be float16 or bfloat16, got ", name_of(scales.scalar_type()));
   check_dim(op, "scales", scales, 2, "[G, N]");
   check_contiguous(op, "scales", scales);
   check_same_device(op, "scales", scales, "qweight", qweight);
 
   const int64_t groups = scales.size(0), n = scales.size(1);
   MARLIN_CHECK(n >= 1 && layout::ceil_div(n, layout::kBlock) == qweight.size(0),
-                  prefix(op, "scales"), "has N = ", n, " columns, but qweight ", shape_of(qweight),
-                  " holds ", qweight.size(0), " blocks of 64 output features");
+               prefix(op, "scales"), "has N = ", n, " columns, but qweight ", shape_of(qweight),
+               " holds ", qweight.size(0), " blocks of 64 output features");
   MARLIN_CHECK(k >= 1 && layout::ceil_div(k, layout::kBlock) == qweight.size(1),
-                  prefix(op, "qweight"), shape_of(qweight), " holds ", qweight.size(1),
-                  " blocks of 64 input features, but K = ", k);
+               prefix(op, "qweight"), shape_of(qweight), " holds ", qweight.size(1),
+               " blocks of 64 input features, but K = ", k);
   const int64_t group_size = group_size_of(groups, k);
-  MARLIN_CHECK(group_size != 0, prefix(op, "scales"), "has G = ", groups,
-                  " groups, but K = ", k, " makes 1, or ", layout::ceil_div(k, 32), ", ",
-                  layout::ceil_div(k, 64), " or ", layout::ceil_div(k, 128),
-                  " for group sizes 32, 64 and 128");
+  MARLIN_CHECK(group_size != 0, prefix(op, "scales"), "has G = ", groups, " groups, but K = ", k,
+               " makes 1, or ", layout::ceil_div(k, 32), ", ", layout::ceil_div(k, 64), " or ",
+               layout::ceil_div(k, 128), " for group sizes 32, 64 and 128");
   if (zeros) {
     check_dtype(op, "zeros", *zeros, ScalarType::Byte);
     MARLIN_CHECK(zeros->dim() == 2 && zeros->size(0) == groups && zeros->size(1) == n,
-                    prefix(op, "zeros"), "must have the shape of scales, ", shape_of(scales),
-                    ", got ", shape_of(*zeros));
+                 prefix(op, "zeros"), "must have the shape of scales, ", shape_of(scales), ", got ",
+                 shape_of(*zeros));
     check_contiguous(op, "zeros", *zeros);
     check_same_device(op, "zeros", *zeros, "qweight", qweight);
   }
   if (perm) {
     check_dtype(op, "perm", *perm, ScalarType::Int);
     MARLIN_CHECK(perm->dim() == 1 && perm->size(0) == k, prefix(op, "perm"),
-                    "must have shape [K] = [", k, "], got ", shape_of(*perm));
+                 "must have shape [K] = [", k, "], got ", shape_of(*perm));
     check_contiguous(op, "perm", *perm);
     check_same_device(op, "perm", *perm, "qweight", qweight);
   }
@@ -97,14 +94,16 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
 
 void check_permutation(const char* op, const Tensor& perm, int64_t k) {
   const Tensor on_cpu =
-      perm.is_cpu() ? perm : torch::stable::to(perm, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+      perm.is_cpu()
+          ? perm
+          : torch::stable::to(perm, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   const auto* entries = static_cast<const int32_t*>(on_cpu.data_ptr());
   std::vector<bool> seen(static_cast<size_t>(k), false);
   for (int64_t i = 0; i < k; ++i) {
     MARLIN_CHECK(entries[i] >= 0 && entries[i] < k, prefix(op, "perm"), "entry ", i, " is ",
-                    entries[i], "; entries must be 0..", k - 1);
+                 entries[i], "; entries must be 0..", k - 1);
     MARLIN_CHECK(!seen[entries[i]], prefix(op, "perm"), "holds ", entries[i],
-                    " twice; it must be a permutation of 0..", k - 1);
+                 " twice; it must be a permutation of 0..", k - 1);
     seen[entries[i]] = true;
   }
 }
@@ -114,7 +113,7 @@ void check_range_on_cpu(const char* op, const OptionalTensor& perm, int64_t k) {
   const auto* entries = static_cast<const int32_t*>(perm->data_ptr());
   for (int64_t i = 0; i < k; ++i) {
     MARLIN_CHECK(entries[i] >= 0 && entries[i] < k, prefix(op, "perm"), "entry ", i, " is ",
-                    entries[i], "; entries must be 0..", k - 1);
+                 entries[i], "; entries must be 0..", k - 1);
   }
 }
 

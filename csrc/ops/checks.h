@@ -17,8 +17,8 @@ struct WeightShape {
 void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType wanted);
 void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* layout);
 void check_contiguous(const char* op, const char* name, const Tensor& t);
-void check_same_device(const char* op, const char* name, const Tensor& t, const char* reference_name,
-                       const Tensor& reference);
+void check_same_device(const char* op, const char* name, const Tensor& t,
+                       const char* reference_name, const Tensor& reference);
 
 // int32 [ceil(n/64), ceil(k/64), 512], contiguous.
 void check_packed(const char* op, const Tensor& qweight);

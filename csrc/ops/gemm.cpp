@@ -11,26 +11,26 @@ namespace {
 constexpr const char* kOp = "gemm";
 
 void check_input(const Tensor& input, const Tensor& qweight, const Tensor& scales) {
-  MARLIN_CHECK(input.scalar_type() == ScalarType::Half ||
-                      input.scalar_type() == ScalarType::BFloat16,
-                  "marlin::gemm: input must be float16 or bfloat16, got ",
-                  name_of(input.scalar_type()), "; cast it, e.g. input.to(scales.dtype)");
+  MARLIN_CHECK(
+      input.scalar_type() == ScalarType::Half || input.scalar_type() == ScalarType::BFloat16,
+      "marlin::gemm: input must be float16 or bfloat16, got ", name_of(input.scalar_type()),
+      "; cast it, e.g. input.to(scales.dtype)");
   MARLIN_CHECK(input.dim() >= 1,
-                  "marlin::gemm: input must have shape [..., K], got a tensor without dimensions");
+               "marlin::gemm: input must have shape [..., K], got a tensor without dimensions");
   MARLIN_CHECK(scales.scalar_type() == input.scalar_type(), "marlin::gemm: scales must have ",
-                  "the dtype of input, ", name_of(input.scalar_type()), ", got ",
-                  name_of(scales.scalar_type()));
+               "the dtype of input, ", name_of(input.scalar_type()), ", got ",
+               name_of(scales.scalar_type()));
   check_same_device(kOp, "input", input, "qweight", qweight);
   const int64_t last = input.dim() - 1;
   MARLIN_CHECK(input.size(last) <= 1 || input.stride(last) == 1,
-                  "marlin::gemm: input must have stride 1 along its last dimension, got ",
-                  input.stride(last), "; call input.contiguous()");
+               "marlin::gemm: input must have stride 1 along its last dimension, got ",
+               input.stride(last), "; call input.contiguous()");
 }
 
 void check_bias(const Tensor& bias, const Tensor& input, int64_t n) {
   check_dtype(kOp, "bias", bias, input.scalar_type());
   MARLIN_CHECK(bias.dim() == 1 && bias.size(0) == n, "marlin::gemm: bias must have shape [N] = [",
-                  n, "], got ", shape_of(bias));
+               n, "], got ", shape_of(bias));
   check_contiguous(kOp, "bias", bias);
   check_same_device(kOp, "bias", bias, "input", input);
 }
@@ -80,7 +80,7 @@ Tensor gemm(Tensor input, Tensor qweight, Tensor scales, OptionalTensor zeros, O
   if (bias) check_bias(*bias, input, w.n);
   check_range_on_cpu(kOp, perm, w.k);
   MARLIN_CHECK(input.numel() / w.k < std::numeric_limits<int32_t>::max(),
-                  "marlin::gemm: input has ", input.numel() / w.k, " rows; at most 2^31 - 2");
+               "marlin::gemm: input has ", input.numel() / w.k, " rows; at most 2^31 - 2");
 
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes[last] = w.n;

@@ -8,11 +8,10 @@ namespace marlin::ops {
 namespace {
 
 Tensor new_packed(const Tensor& like, int64_t n, int64_t k) {
-  return torch::stable::new_empty(
-      like,
-      {layout::ceil_div(n, layout::kBlock), layout::ceil_div(k, layout::kBlock),
-       layout::kWordsPerBlock},
-      ScalarType::Int);
+  return torch::stable::new_empty(like,
+                                  {layout::ceil_div(n, layout::kBlock),
+                                   layout::ceil_div(k, layout::kBlock), layout::kWordsPerBlock},
+                                  ScalarType::Int);
 }
 
 template <typename Source>
@@ -33,14 +32,13 @@ Tensor pack_from(const Tensor& like, const Source& source, int64_t n, int64_t k)
 // The largest entry; waits for the device. Packing is load-time work.
 int64_t largest(const Tensor& bytes) {
   const Tensor top = torch::stable::amax(bytes, {0, 1});
-  const Tensor on_cpu = torch::stable::to(
-      top, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  const Tensor on_cpu =
+      torch::stable::to(top, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   return *static_cast<const uint8_t*>(on_cpu.data_ptr());
 }
 
 void check_not_empty(const char* op, const char* name, const Tensor& t) {
-  MARLIN_CHECK(t.numel() > 0, "marlin::", op, ": ", name, " must not be empty, got ",
-                  shape_of(t));
+  MARLIN_CHECK(t.numel() > 0, "marlin::", op, ": ", name, " must not be empty, got ", shape_of(t));
 }
 
 }  // namespace
@@ -65,7 +63,7 @@ Tensor repack_gptq(Tensor qweight, OptionalTensor perm) {
   if (perm) {
     check_dtype(kOp, "perm", *perm, ScalarType::Int);
     MARLIN_CHECK(perm->dim() == 1 && perm->size(0) == k, "marlin::repack_gptq: perm must have ",
-                    "shape [K] = [", k, "], got ", shape_of(*perm));
+                 "shape [K] = [", k, "], got ", shape_of(*perm));
     check_contiguous(kOp, "perm", *perm);
     check_same_device(kOp, "perm", *perm, "qweight", qweight);
     check_permutation(kOp, *perm, k);
@@ -87,9 +85,9 @@ Tensor repack_awq(Tensor qweight) {
 Tensor unpack(Tensor qweight, int64_t n, int64_t k) {
   check_packed("unpack", qweight);
   MARLIN_CHECK(n >= 1 && layout::ceil_div(n, layout::kBlock) == qweight.size(0) && k >= 1 &&
-                      layout::ceil_div(k, layout::kBlock) == qweight.size(1),
-                  "marlin::unpack: n = ", n, ", k = ", k, " do not fit qweight ",
-                  shape_of(qweight), ", which is [ceil(n/64), ceil(k/64), 512]");
+                   layout::ceil_div(k, layout::kBlock) == qweight.size(1),
+               "marlin::unpack: n = ", n, ", k = ", k, " do not fit qweight ", shape_of(qweight),
+               ", which is [ceil(n/64), ceil(k/64), 512]");
   const Tensor q = torch::stable::new_empty(qweight, {n, k}, ScalarType::Byte);
   const auto* words = static_cast<const int32_t*>(qweight.data_ptr());
   auto* out = static_cast<uint8_t*>(q.data_ptr());
@@ -108,8 +106,8 @@ Tensor dequantize(Tensor qweight, Tensor scales, OptionalTensor zeros, OptionalT
                   std::optional<int64_t> k) {
   constexpr const char* kOp = "dequantize";
   check_packed(kOp, qweight);
-  const WeightShape w = check_weight(kOp, qweight, scales, zeros, perm,
-                                     k.value_or(qweight.size(1) * layout::kBlock));
+  const WeightShape w =
+      check_weight(kOp, qweight, scales, zeros, perm, k.value_or(qweight.size(1) * layout::kBlock));
   check_range_on_cpu(kOp, perm, w.k);
   const Tensor weight = torch::stable::new_empty(scales, {w.n, w.k});
   Dequantize args;

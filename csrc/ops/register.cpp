@@ -15,14 +15,16 @@ STABLE_TORCH_LIBRARY(marlin, m) {
       "int? k=None) -> Tensor");
 }
 
-#define MARLIN_IMPLEMENT(m)                                       \
-  m.impl("gemm", TORCH_BOX(&marlin::ops::gemm));                  \
-  m.impl("pack", TORCH_BOX(&marlin::ops::pack));                  \
-  m.impl("unpack", TORCH_BOX(&marlin::ops::unpack));              \
-  m.impl("repack_gptq", TORCH_BOX(&marlin::ops::repack_gptq));    \
-  m.impl("repack_awq", TORCH_BOX(&marlin::ops::repack_awq));      \
+#define MARLIN_IMPLEMENT(m)                                    \
+  m.impl("gemm", TORCH_BOX(&marlin::ops::gemm));               \
+  m.impl("pack", TORCH_BOX(&marlin::ops::pack));               \
+  m.impl("unpack", TORCH_BOX(&marlin::ops::unpack));           \
+  m.impl("repack_gptq", TORCH_BOX(&marlin::ops::repack_gptq)); \
+  m.impl("repack_awq", TORCH_BOX(&marlin::ops::repack_awq));   \
   m.impl("dequantize", TORCH_BOX(&marlin::ops::dequantize));
 
 // One function serves both keys: it looks at where the tensors are (ops/backend.h).
-STABLE_TORCH_LIBRARY_IMPL(marlin, CPU, m) { MARLIN_IMPLEMENT(m) }
-STABLE_TORCH_LIBRARY_IMPL(marlin, CUDA, m) { MARLIN_IMPLEMENT(m) }
+STABLE_TORCH_LIBRARY_IMPL(marlin, CPU, m){MARLIN_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(marlin,
+                                                                                         CUDA, m) {
+  MARLIN_IMPLEMENT(m)
+}

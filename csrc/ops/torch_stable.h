@@ -19,8 +19,8 @@
 
 // Declared by torch only under USE_CUDA, whose other declarations need CUDA's headers. Weak, so that
 // the library also loads under a torch built without CUDA, where the symbol does not exist.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace marlin::ops {
 
@@ -37,14 +37,14 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-#define MARLIN_CHECK(condition, ...)                      \
-  do {                                                    \
-    if (!(condition)) ::marlin::ops::fail(__VA_ARGS__);   \
+#define MARLIN_CHECK(condition, ...)                    \
+  do {                                                  \
+    if (!(condition)) ::marlin::ops::fail(__VA_ARGS__); \
   } while (false)
 
 inline void* current_stream(int32_t device_index) {
   MARLIN_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "marlin: a CUDA tensor was given, but this PyTorch was built without CUDA");
+               "marlin: a CUDA tensor was given, but this PyTorch was built without CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return stream;

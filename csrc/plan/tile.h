@@ -46,7 +46,9 @@ struct Partition {
   constexpr bool splits_tiles() const { return units_per_block % units_per_tile != 0; }
 
   // The blocks that share a tile, in the order of k: first_block ..= last_block.
-  constexpr int64_t first_block(int64_t tile) const { return tile * units_per_tile / units_per_block; }
+  constexpr int64_t first_block(int64_t tile) const {
+    return tile * units_per_tile / units_per_block;
+  }
   constexpr int64_t last_block(int64_t tile) const {
     return ((tile + 1) * units_per_tile - 1) / units_per_block;
   }

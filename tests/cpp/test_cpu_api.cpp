@@ -41,8 +41,18 @@ struct Problem {
   }
 
   Gemm arguments(uint16_t* output) const {
-    return {input.data(), k,           qweight.data(), scales.data(), zeros.data(), perm.data(),
-            bias.data(),  output,      m,              n,             k,            group_size,
+    return {input.data(),
+            k,
+            qweight.data(),
+            scales.data(),
+            zeros.data(),
+            perm.data(),
+            bias.data(),
+            output,
+            m,
+            n,
+            k,
+            group_size,
             kType};
   }
 
@@ -50,16 +60,18 @@ struct Problem {
     double sum = cpu::to_float<kType>(bias[row]);
     for (int64_t c = 0; c < k; ++c) {
       const int64_t at = c / group_size * n + row;
-      sum += (q[row * k + c] - static_cast<double>(zeros[at])) *
-             cpu::to_float<kType>(scales[at]) * cpu::to_float<kType>(input[token * k + perm[c]]);
+      sum += (q[row * k + c] - static_cast<double>(zeros[at])) * cpu::to_float<kType>(scales[at]) *
+             cpu::to_float<kType>(input[token * k + perm[c]]);
     }
     return sum;
   }
 };
 
 TEST(CpuApi, GemmEqualsTheDefinition) {
-  for (const auto& [m, n, k, g] : {std::array<int64_t, 4>{1, 64, 64, 64}, {3, 72, 200, 32},
-                                   {5, 65, 129, 128}, {9, 100, 90, 90}}) {
+  for (const auto& [m, n, k, g] : {std::array<int64_t, 4>{1, 64, 64, 64},
+                                   {3, 72, 200, 32},
+                                   {5, 65, 129, 128},
+                                   {9, 100, 90, 90}}) {
     const Problem problem(m, n, k, g);
     std::vector<uint16_t> output(static_cast<size_t>(m * n));
     cpu::gemm(problem.arguments(output.data()));
@@ -77,12 +89,11 @@ TEST(CpuApi, ThreadsDoNotChangeTheBits) {
   const Problem problem(7, 640, 512, 128);
   std::vector<uint16_t> serial(7 * 640), threaded(7 * 640, 1);
   cpu::gemm(problem.arguments(serial.data()));
-  cpu::gemm(problem.arguments(threaded.data()),
-            [](int64_t count, int64_t, const cpu::Body& body) {
-              std::vector<std::thread> threads;
-              for (int64_t i = 0; i < count; ++i) threads.emplace_back([&, i] { body(i, i + 1); });
-              for (auto& thread : threads) thread.join();
-            });
+  cpu::gemm(problem.arguments(threaded.data()), [](int64_t count, int64_t, const cpu::Body& body) {
+    std::vector<std::thread> threads;
+    for (int64_t i = 0; i < count; ++i) threads.emplace_back([&, i] { body(i, i + 1); });
+    for (auto& thread : threads) thread.join();
+  });
   EXPECT_EQ(serial, threaded);
 }
 

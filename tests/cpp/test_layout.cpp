@@ -22,8 +22,7 @@ float value_of(uint16_t bits, DType type) {
 // The exact integers q - zero in fragment register r: {low half, high half}.
 template <typename Format>
 std::array<float, 2> integers(uint32_t word, int r, uint32_t zero) {
-  const DType type =
-      std::is_same_v<Format, layout::Fp16> ? DType::kFloat16 : DType::kBFloat16;
+  const DType type = std::is_same_v<Format, layout::Fp16> ? DType::kFloat16 : DType::kBFloat16;
   const uint32_t taken = layout::take<Format>(word, r);
   const uint32_t less = layout::subtrahend<Format>(zero, r);
   const auto half = [&](int shift) {
@@ -125,7 +124,8 @@ TEST(Layout, ConversionIsExactInBf16) { every_nibble_with_every_zero_point<layou
 TEST(Layout, GoldenWords) {
   std::vector<uint8_t> q(64 * 64);
   for (int row = 0; row < 64; ++row) {
-    for (int col = 0; col < 64; ++col) q[row * 64 + col] = static_cast<uint8_t>((3 * row + col) % 16);
+    for (int col = 0; col < 64; ++col)
+      q[row * 64 + col] = static_cast<uint8_t>((3 * row + col) % 16);
   }
   std::vector<int32_t> packed(layout::kWordsPerBlock);
   cpu::pack(Unpacked{q.data()}, packed.data(), 64, 64);
@@ -135,8 +135,8 @@ TEST(Layout, GoldenWords) {
 
 TEST(Layout, PackAndUnpackAreInverse) {
   std::mt19937 random(1);
-  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {64, 64}, {65, 63}, {200, 72},
-                             {72, 4640}, {129, 333}}) {
+  for (const auto& [n, k] :
+       {std::pair<int64_t, int64_t>{1, 1}, {64, 64}, {65, 63}, {200, 72}, {72, 4640}, {129, 333}}) {
     std::vector<uint8_t> q(static_cast<size_t>(n * k)), back(q.size(), 99);
     for (auto& value : q) value = static_cast<uint8_t>(random() % 16);
     const int64_t words = layout::ceil_div(n, 64) * layout::ceil_div(k, 64) * 512;

@@ -144,15 +144,15 @@ struct Loader {
   // Cells in a stage: [split][k block][row block][thread].
   __device__ void load_weights(uint32_t stage) const {
     const int thread = static_cast<int>(threadIdx.x), split = thread / layout::kThreads;
-    const uint32_t first =
-        stage + split * (kTile.k_blocks * kTile.row_blocks * layout::kBytesPerBlock) +
-        thread % layout::kThreads * 16;
+    const uint32_t first = stage +
+                           split * (kTile.k_blocks * kTile.row_blocks * layout::kBytesPerBlock) +
+                           thread % layout::kThreads * 16;
 #pragma unroll
     for (int block = 0; block < kTile.k_blocks; ++block) {
 #pragma unroll
       for (int r = 0; r < kTile.row_blocks; ++r) {
-        const bool valid = block < k_blocks_left &&
-                           (r == 0 || unit.row_tile * kTile.row_blocks + r < p.n_blocks);
+        const bool valid =
+            block < k_blocks_left && (r == 0 || unit.row_tile * kTile.row_blocks + r < p.n_blocks);
         ptx::cp_async_16(first + (block * kTile.row_blocks + r) * layout::kBytesPerBlock,
                          weights + (int64_t{r} * p.k_blocks + block) * layout::kWordsPerBlock,
                          valid);
@@ -169,8 +169,8 @@ struct Loader {
       const int t = step + thread / kChunks;
       if (kTokenStep > kTile.tokens && t >= kTile.tokens) break;
       const bool valid = columns_left > 0 && step < tokens_left;
-      ptx::cp_async_16(stage + t * kInputPitch + (c ^ (t % 8)) * 16,
-                       input + step * p.input_stride, valid);
+      ptx::cp_async_16(stage + t * kInputPitch + (c ^ (t % 8)) * 16, input + step * p.input_stride,
+                       valid);
     }
   }
 
@@ -200,7 +200,7 @@ struct Gemm {
 
   const Params<Element>& p;
   char* const shared;
-  const int thread, split, lane, warp;  // split: which part of a stage's k; warp: which 16 rows
+  const int thread, split, lane, warp;    // split: which part of a stage's k; warp: which 16 rows
   const int cell_at, scale_at, input_at;  // this thread's first bytes of each in a stage
   float sums[kRowBlocks][kTokenTiles][4] = {};
 
@@ -214,7 +214,8 @@ struct Gemm {
         cell_at(split * (kTile.k_blocks * kRowBlocks * layout::kBytesPerBlock) +
                 thread % layout::kThreads * 16),
         scale_at(split * (kTile.warp_k() >> p.scale_shift) * kRows + warp * 16 + lane / 4),
-        input_at(Copies::kInputAt + split * kTile.warp_k() * 2 + token_of_lane() * Copies::kInputPitch) {}
+        input_at(Copies::kInputAt + split * kTile.warp_k() * 2 +
+                 token_of_lane() * Copies::kInputPitch) {}
 
   // The token whose row this lane addresses in ldmatrix: matrices go {k, k} or {k, k; 8 tokens on}.
   __device__ int token_of_lane() const { return lane % 8 + (kTokenTiles == 1 ? 0 : lane / 16 * 8); }

@@ -1,0 +1,31 @@
+"""What was built, and what the planner chooses."""
+
+from typing import Any
+
+def plans() -> list[dict[str, Any]]:
+    """Every compiled GEMM kernel: id, name, tile, threads, shared memory, and why it exists."""
+
+def plan_for(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    group_size: int = 128,
+    bf16: bool = False,
+    sm: int = 90,
+    sms: int = 132,
+) -> dict[str, Any]:
+    """The kernel and the partition chosen for a problem on a device.
+
+    ``sm`` is the compute capability times ten, ``sms`` the number of multiprocessors. Raises
+    ``ValueError`` for sizes below 1 or another group size, ``RuntimeError`` where no kernel runs.
+    """
+
+def build_info() -> dict[str, str]:
+    """Version, CUDA toolkit (empty: CPU only), architectures, torch, build type, compiler."""
+
+def kernel_attributes(id: int, *, bf16: bool = False) -> dict[str, int]:
+    """Registers, local and shared bytes, threads and blocks per multiprocessor of a kernel.
+
+    Asks the current CUDA device; raises ``RuntimeError`` without one, or for an unknown id.
+    """
