@@ -32,7 +32,7 @@ HAS_TORCH := import importlib.metadata as m; \
 NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml -type f 2>/dev/null)
 CPP := $(shell find csrc tests/cpp -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \))
 
-.PHONY: help demo test gpu-test cpp-test consumer-test build lint format wheel clean distclean
+.PHONY: help demo test gpu-test sanitize cpp-test consumer-test build lint format wheel clean distclean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -44,6 +44,11 @@ test: build ## Python tests; those that need a GPU say so when skipped
 
 gpu-test: build ## only the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
+
+sanitize: build ## every kernel under compute-sanitizer (needs a GPU)
+	for tool in memcheck racecheck synccheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PY) tests/sanitizer_workload.py; done
 
 cpp-test: build ## C++ tests (needs GoogleTest: apt install libgtest-dev)
 	$(ENVIRONMENT) cmake -S . -B build/cmake -DMARLIN_BUILD_TESTS=ON
