@@ -35,7 +35,7 @@ class Row:
 
 
 def marlin_us(n: int, k: int, m: int, group_size: int, dtype: torch.dtype, zeros: bool) -> float:
-    """Time of one gemm call with cold weights, in microseconds."""
+    """Time of one gemm call with cold weights that nothing writes, in microseconds."""
     groups = 1 if group_size == -1 else -(-k // group_size)
     x = torch.randn(m, k, device="cuda", dtype=dtype)
     blocks = (-(-n // 64), -(-k // 64), 512)
@@ -44,7 +44,7 @@ def marlin_us(n: int, k: int, m: int, group_size: int, dtype: torch.dtype, zeros
         qweight = torch.randint(-(2**31), 2**31, blocks, device="cuda", dtype=torch.int32)
         scales = torch.rand(groups, n, device="cuda").mul_(0.01).to(dtype)
         z = torch.randint(0, 16, (groups, n), device="cuda", dtype=torch.uint8) if zeros else None
-        return lambda: torch.ops.marlin.gemm(x, qweight, scales, z)
+        return lambda: torch.ops.marlin.gemm(x, qweight, scales, z, static_weights=True)
 
     return timing.time_us([make_call() for _ in range(timing.copies_for(n * k // 2))])
 
@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     for n, k, m in points(args.shape, args.m):
         us = marlin_us(n, k, m, args.group_size, DTYPES[args.dtype], args.zeros)
         reference = cublas_us(n, k, m)
-        floor = shapes.floor_us(n, k, m, args.group_size)
+        floor = shapes.floor_us(n, k, m, args.group_size, zeros=args.zeros)
         variant = "dense-asymmetric" if args.zeros else "dense"
         row = Row(
             variant, args.dtype, n, k, m, args.group_size,

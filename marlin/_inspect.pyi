@@ -12,8 +12,8 @@ def plan_for(
     *,
     group_size: int = 128,
     bf16: bool = False,
-    sm: int = 90,
-    sms: int = 132,
+    sm: int,
+    sms: int,
 ) -> dict[str, Any]:
     """The kernel and the partition chosen for a problem on a device.
 
@@ -28,4 +28,11 @@ def kernel_attributes(id: int, *, bf16: bool = False) -> dict[str, int]:
     """Registers, local and shared bytes, threads and blocks per multiprocessor of a kernel.
 
     Asks the current CUDA device; raises ``RuntimeError`` without one, or for an unknown id.
+    """
+
+def force_plan(id: int = -1, *, sms: int = 0) -> None:
+    """For tests and benchmarks: until called again, every CUDA gemm of the process runs kernel ``id``.
+
+    -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as
+    many as it has). Raises ``RuntimeError`` for an unknown id, or without CUDA kernels.
     """

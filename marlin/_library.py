@@ -113,6 +113,10 @@ def _check_weight(
         f"features, but K = {k}",
     )
     _check(
+        n < 2**30 and k < 2**30,
+        f"marlin::{op}: qweight is for N = {n}, K = {k}; each must be below 2^30",
+    )
+    _check(
         group_size_of(groups, k) != 0,
         f"marlin::{op}: scales has G = {groups} groups, but K = {k} makes 1, or {ceil_div(k, 32)}, "
         f"{ceil_div(k, 64)} or {ceil_div(k, 128)} for group sizes 32, 64 and 128",

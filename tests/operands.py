@@ -51,13 +51,14 @@ def make_weight(
     integers: bool = False,
     seed: int = 0,
 ) -> Weight:
-    """A random weight. ``integers``: scales of 1, so that products with integers are integers."""
+    """A random weight. ``integers``: scales are powers of two, so that products with integers and
+    their sums are exact."""
     g = torch.Generator().manual_seed(seed)
     groups = groups_of(k, group_size)
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=g)
     scales = torch.rand(groups, n, generator=g) * 0.02 + 0.001
     if integers:
-        scales = torch.ones(groups, n)
+        scales = 2.0 ** torch.randint(-2, 3, (groups, n), generator=g)
     tensors = {
         "q": q,
         "qweight": reference.pack(q),

@@ -14,11 +14,12 @@ import torch
 from operands import DTYPES, make_input, make_weight
 
 import marlin  # noqa: F401 - loads the ops
+from marlin import _inspect
 
 
 def multiply() -> None:
-    """Every kernel of the table: all token tiles, split and whole tiles, every option."""
-    shapes = ((72, 200, 32), (136, 456, 64), (77, 301, 128), (320, 2880, 128), (9000, 128, -1))
+    """Every kernel, with and without every option; on 3 multiprocessors, blocks do many units."""
+    shapes = ((72, 200, 32), (77, 301, 128), (320, 5000, 64))
     for dtype in DTYPES:
         for n, k, group_size in shapes:
             for full in (False, True):
@@ -26,9 +27,14 @@ def multiply() -> None:
                     n, k, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
                 )
                 dense = w.dense64()
-                for m in (1, 9, 20, 70):
-                    x = make_input(m, k, dtype=dtype, device="cuda")
-                    reference.assert_close(w.gemm(x), x, dense, w.bias)
+                ids = [kernel["id"] for kernel in _inspect.plans() if kernel["family"] == "sm80"]
+                for id in (*ids, -1):  # -1: the planner's choice, Hopper's kernels where it can
+                    for sms in (0, 3):
+                        _inspect.force_plan(id, sms=sms)
+                        for m in (1, 9, 20, 70) if id == -1 else (7,):
+                            x = make_input(m, k, dtype=dtype, device="cuda")
+                            reference.assert_close(w.gemm(x), x, dense, w.bias)
+    _inspect.force_plan()
 
 
 def pack() -> None:

@@ -7,7 +7,7 @@ import reference
 import torch
 from operands import DTYPES, GROUP_SIZES, make_input, make_weight
 
-# Shapes that break others (peers' issue trackers): tails of blocks, of stages, of everything.
+# Tails of blocks, of stages, of everything, and layer shapes that are no multiples of a tile.
 SHAPES = [
     (64, 64), (72, 200), (200, 72), (1, 1), (3, 8), (8, 3), (65, 129), (127, 63), (1001, 333),
     (576, 1856), (1856, 576), (2880, 200), (200, 2880), (72, 4640), (4640, 72), (64, 7392),
@@ -72,36 +72,93 @@ def test_options(device: str, dtype: torch.dtype, perm: bool, zeros: bool, group
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 8, 13, 32, 64, 100])
-def test_small_integers_are_exact(device: str, dtype: torch.dtype, m: int) -> None:
-    """Sums of few small integers are integers below 2^8, which even bf16 holds exactly."""
-    n, k = 320, 1024
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("k", [1024, 2904, 10952])
+def test_exact_sums_are_exact(device: str, k: int, group_size: int, dtype: torch.dtype) -> None:
+    """Few small integers times scales that are powers of two: nothing needs to be rounded."""
+    n = 136
     weight = make_weight(
-        n, k, 128, dtype=dtype, device=device, zeros=True, bias=True, integers=True
+        n, k, group_size, dtype=dtype, device=device, zeros=True, bias=True, integers=True
     )
-    g = torch.Generator().manual_seed(m)
-    x = torch.zeros(m, k)
-    for token in range(m):  # eight ones or minus ones in random places: |y| <= 8 * 15 + 8
-        at = torch.randperm(k, generator=g)[:8]
-        x[token, at] = torch.randint(0, 2, (8,), generator=g).float() * 2 - 1
-    x = x.to(dtype).to(device)
-    expected = reference.gemm64(
-        x, weight.qweight, weight.scales, weight.zeros, weight.perm, weight.bias
-    )
-    assert torch.equal(weight.gemm(x).double(), expected)
+    g = torch.Generator().manual_seed(k)
+    for m in (1, 8, 13, 32, 64, 100):
+        x = torch.zeros(m, k)
+        for token in range(m):  # a one or minus one in one place: 4 bits, a scale, a bias
+            x[token, torch.randint(0, k, (1,), generator=g)] = 1 - 2 * (token % 2)
+        x[:, -1] = 1  # and the last column
+        x = x.to(dtype).to(device)
+        expected = reference.gemm64(
+            x, weight.qweight, weight.scales, weight.zeros, weight.perm, weight.bias
+        )
+        assert torch.equal(weight.gemm(x), expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("perm", [False, True], ids=["plain", "actorder"])
-def test_one_hot_inputs_read_out_the_weight(device: str, dtype: torch.dtype, perm: bool) -> None:
+def test_one_hot_inputs_read_out_the_weight(
+    device: str, dtype: torch.dtype, perm: bool, group_size: int
+) -> None:
     """Token i is the i-th unit vector, so y is the transposed weight, to the last bit."""
     n, k = 136, 328
-    weight = make_weight(n, k, 32, dtype=dtype, device=device, zeros=True, perm=perm)
+    weight = make_weight(n, k, group_size, dtype=dtype, device=device, zeros=True, perm=perm)
     x = torch.eye(k, dtype=dtype, device=device)
     expected = weight.dense64().T.float().to(dtype)
     assert torch.equal(weight.gemm(x), expected)
-    for first in range(0, k, 5):  # and through the kernel for few tokens
-        assert torch.equal(weight.gemm(x[first : first + 5]), expected[first : first + 5])
+    for m in (5, 12, 24):  # and through the kernels for few tokens
+        for first in range(0, k, m):
+            rows = slice(first, first + m)
+            assert torch.equal(weight.gemm(x[rows]), expected[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sms", [0, 3], ids=["all-sms", "3-sms"])
+def test_every_kernel(sms: int) -> None:
+    """Also those that the planner keeps for other GPUs; with long runs of units per block."""
+    from marlin import _inspect
+
+    try:
+        for kernel in [*_inspect.plans(), None]:
+            if kernel is not None and kernel["family"] != "sm80":
+                continue
+            _inspect.force_plan(-1 if kernel is None else kernel["id"], sms=sms)
+            for options in (False, True):
+                for dtype in DTYPES:
+                    weight = make_weight(
+                        712, 5000, 32 if options else 128, dtype=dtype, device="cuda",
+                        zeros=options, perm=options, bias=options,
+                    )  # fmt: skip
+                    dense = weight.dense64()
+                    for m in (1, 11, 30, 150):
+                        x = make_input(m, 5000, dtype=dtype, device="cuda")
+                        reference.assert_close(weight.gemm(x), x, dense, weight.bias)
+    finally:
+        _inspect.force_plan()
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_outputs() -> None:
+    m, n, k = 70000, 32768, 64
+    weight = make_weight(n, k, device="cuda")
+    x = make_input(m, k, dtype=torch.float16, device="cuda")
+    y = weight.gemm(x)
+    assert y.numel() > 2**31
+    for rows in (slice(0, 16), slice(m - 16, m)):
+        reference.assert_close(y[rows], x[rows], weight.dense64())
+
+
+@pytest.mark.gpu
+def test_misaligned_scales_and_zeros() -> None:
+    """Tensors that start between 16-byte boundaries, as views into larger ones may."""
+    weight = make_weight(128, 256, 64, device="cuda", zeros=True)
+    assert weight.zeros is not None
+    x = make_input(5, 256, dtype=torch.float16, device="cuda")
+    expected = weight.gemm(x)
+    for name in ("scales", "zeros"):
+        t = getattr(weight, name)
+        view = torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+        tensors = {"scales": weight.scales, "zeros": weight.zeros, name: view}
+        assert torch.equal(torch.ops.marlin.gemm(x, weight.qweight, **tensors), expected)
 
 
 def test_equal_bits_every_time(device: str) -> None:

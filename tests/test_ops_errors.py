@@ -202,5 +202,7 @@ def test_indices_out_of_range_on_a_gpu_read_nothing() -> None:
     arguments["perm"][3] = 10**6
     arguments["perm"][5] = -7
     assert bool(ops.gemm(**arguments).isnan().all())
+    dense = ops.dequantize(**{k: arguments[k] for k in ("qweight", "scales", "zeros", "perm")}, k=K)
+    assert int(dense.isnan().all(0).sum()) == 2  # the features that no column claims
     with pytest.raises(RuntimeError, match="q must hold 4-bit values"):
         ops.pack(torch.full((64, 64), 99, dtype=torch.uint8, device="cuda"))

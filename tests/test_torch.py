@@ -114,6 +114,70 @@ def test_cuda_graph(m: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_weights_written_just_before(captured: bool) -> None:
+    """Each product follows a kernel that writes its weights: nothing may be read too early."""
+    w = [make_weight(4096, 4096, device="cuda", seed=seed) for seed in range(2)]
+    x = make_input(3, 4096, dtype=torch.float16, device="cuda")
+    expected = [weight.gemm(x) for weight in w]
+    qweight, scales = w[0].qweight.clone(), w[0].scales.clone()
+
+    def steps(count: int) -> list[Tensor]:
+        results = []
+        for i in range(count):
+            qweight.copy_(w[i % 2].qweight)
+            scales.copy_(w[i % 2].scales)
+            results.append(ops.gemm(x, qweight, scales))
+            results.append(ops.gemm(x, qweight, scales, static_weights=True))
+        return results
+
+    def check(results: list[Tensor]) -> None:
+        for i, y in enumerate(results):
+            assert torch.equal(y, expected[i // 2 % 2]), f"product {i}"
+
+    if not captured:
+        check(steps(1000))
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = steps(100)
+    for _ in range(20):
+        for y in results:
+            y.zero_()
+        graph.replay()
+        check(results)
+
+
+@pytest.mark.gpu
+def test_chain_of_layers_equals_eager() -> None:
+    """64 distinct layers, each fed by the one before, in one graph with early weight reads."""
+    layers = [make_weight(1024, 1024, device="cuda", seed=seed) for seed in range(64)]
+    x = make_input(7, 1024, dtype=torch.float16, device="cuda")
+
+    def chain(static: bool) -> Tensor:
+        y = x
+        for w in layers:
+            y = ops.gemm(y, w.qweight, w.scales, static_weights=static)
+            y = y / y.abs().amax()
+        return y
+
+    eager = []
+    y = x
+    for w in layers:  # one at a time, nothing overlapping
+        y = ops.gemm(y, w.qweight, w.scales)
+        torch.cuda.synchronize()
+        y = y / y.abs().amax()
+        eager.append(y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(True)
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(out, eager[-1])
+    assert torch.equal(chain(True), eager[-1])
+
+
+@pytest.mark.gpu
 def test_reduce_overhead() -> None:
     torch._dynamo.reset()
     forward = layer("cuda")
@@ -158,4 +222,11 @@ def test_device_that_is_not_current() -> None:
         assert y.device == torch.device(device)
         reference.assert_close(y, x, w.dense64())
         assert torch.equal(ops.unpack(w.qweight, N, K), w.q)
+        assert torch.equal(ops.pack(w.q), w.qweight)
+        dense = ops.dequantize(w.qweight, w.scales, w.zeros, w.perm, k=K)
+        assert torch.equal(dense, w.dense64().half())
+        x.requires_grad_()
+        w.gemm(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.device == torch.device(device)
     assert torch.cuda.current_device() == 0

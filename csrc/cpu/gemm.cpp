@@ -10,9 +10,11 @@
 #include "layout/packed.h"
 
 // The compiler makes a version of a function for each of these and the loader picks one, so that a
-// portable build still uses AVX2 or AVX-512.
+// portable build still uses AVX2 or AVX-512. By processor names: GCC 11 has no dispatcher for levels
+// such as x86-64-v3.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MARLIN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define MARLIN_CLONES \
+  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
 #else
 #define MARLIN_CLONES
 #endif

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cpu/half.h"
 #include "layout/source.h"
 
@@ -52,6 +54,8 @@ void dequantize(const Dequantize& args, const ParallelFor& parallel_for) {
   const int64_t k_blocks = layout::ceil_div(args.k, layout::kBlock);
   const auto* scales = static_cast<const uint16_t*>(args.scales);
   auto* weight = static_cast<uint16_t*>(args.weight);
+  // What a bad permutation leaves out must not be stray memory: all ones is NaN.
+  if (args.perm) std::fill_n(weight, args.n * args.k, uint16_t{0xffff});
   dispatch(args.dtype, [&]<DType kType>() {
     parallel_for(args.n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {

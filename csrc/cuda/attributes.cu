@@ -1,35 +1,69 @@
 #include "cuda/attributes.h"
 
+#include <vector>
+
 #include "cuda/check.h"
 #include "cuda/element.cuh"
 #include "cuda/sm80/gemm.cuh"
 #include "cuda/sm80/instances.h"
-#include "plan/plan.h"
+#include "plan/decode.h"
+#ifdef MARLIN_WITH_SM90
+#include "cuda/sm90/decode_instances.h"
+#endif
 
 namespace marlin::cuda {
+namespace {
+
+struct Compiled {
+  const void* function;
+  int shared_bytes, threads;
+};
+
+// The first table's kernels, then the decode kernels with scales every 128 columns.
+template <typename Element>
+std::vector<Compiled> compiled_kernels() {
+  std::vector<Compiled> out;
+  for (const plan::Kernel& kernel : plan::kernels()) {
+    const auto function = sm80::instances<Element>()[kernel.id].gemm;
+    out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
+                   kernel.tile.threads()});
+  }
+#ifdef MARLIN_WITH_SM90
+  for (const plan::DecodeKernel& kernel : plan::decode_kernels()) {
+    const auto function = sm90::decode_instance<Element>(kernel.id, 128);
+    out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(128),
+                   kernel.tile.threads()});
+  }
+#endif
+  return out;
+}
+
+}  // namespace
 
 KernelAttributes kernel_attributes(int id, DType dtype) {
-  const auto kernels = plan::kernels();
+  const auto kernels = dispatch(dtype, [](auto* element) {
+    return compiled_kernels<std::remove_pointer_t<decltype(element)>>();
+  });
   if (id < 0 || id >= static_cast<int>(kernels.size())) {
     throw std::runtime_error("marlin: there is no kernel " + std::to_string(id) + "; there are " +
                              std::to_string(kernels.size()));
   }
-  const plan::Tile& tile = kernels[id].tile;
-  const int shared = tile.shared_bytes();
-  const auto* function = dispatch(dtype, [&](auto* element) {
-    using Element = std::remove_pointer_t<decltype(element)>;
-    return reinterpret_cast<const void*>(sm80::instances<Element>()[id].gemm);
-  });
+  const Compiled& kernel = kernels[id];
   cudaFuncAttributes a{};
-  check(cudaFuncGetAttributes(&a, function), "cudaFuncGetAttributes");
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+  check(cudaFuncGetAttributes(&a, kernel.function), "cudaFuncGetAttributes");
+  check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kernel.shared_bytes),
         "cudaFuncSetAttribute");
   int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, tile.threads(), shared),
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads,
+                                                      kernel.shared_bytes),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return {a.numRegs,   static_cast<int>(a.localSizeBytes),
-          shared,      tile.threads(),
-          blocks,      a.binaryVersion,
+  return {a.numRegs,
+          static_cast<int>(a.localSizeBytes),
+          kernel.shared_bytes,
+          kernel.threads,
+          blocks,
+          a.binaryVersion,
           a.ptxVersion};
 }
 

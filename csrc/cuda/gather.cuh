@@ -1,6 +1,6 @@
 // Copies rows into the order and alignment that the GEMM kernels want: column j gets perm[j]
 // (act-order), and rows are padded with zeros. Run only where there is a permutation, or where rows
-// are not 16-byte aligned: activations of odd K or stride, scales and zero points of odd N.
+// are not 16-byte aligned, since k, n or a stride is no multiple of 16 bytes.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,7 @@
 // Packing, unpacking and dequantising on the GPU. Load-time work: one thread per word or weight,
 // and the index maps of layout/ doing the thinking.
+#include <algorithm>
+
 #include "cuda/check.h"
 #include "cuda/element.cuh"
 #include "layout/source.h"
@@ -57,6 +59,7 @@ struct DequantizeWeight {
     const int zero = args.zeros ? args.zeros[at] : layout::kSymmetricZero;
     const float scale = to_float(static_cast<const Element*>(args.scales)[at]);
     const int64_t feature = args.perm ? args.perm[column] : column;
+    if (feature < 0 || feature >= args.k) return;  // its column stays NaN
     static_cast<Element*>(args.weight)[row * args.k + feature] =
         from_float<Element>(static_cast<float>(q - zero) * scale);
   }
@@ -85,6 +88,11 @@ void unpack(const int32_t* qweight, uint8_t* q, int64_t n, int64_t k, void* stre
 
 void dequantize(const Dequantize& args, void* stream) {
   const int64_t k_blocks = layout::ceil_div(args.k, layout::kBlock);
+  if (args.perm) {  // what a bad permutation leaves out must not be stray memory: all ones is NaN
+    check(cudaMemsetAsync(args.weight, 0xff, static_cast<size_t>(args.n * args.k * 2),
+                          static_cast<cudaStream_t>(stream)),
+          "cudaMemsetAsync");
+  }
   dispatch(args.dtype, [&](auto* element) {
     using Element = std::remove_pointer_t<decltype(element)>;
     for_each(args.n * args.k, stream, "dequantize", DequantizeWeight<Element>{args, k_blocks});

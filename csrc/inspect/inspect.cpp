@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cuda/attributes.h"
+#include "plan/decode.h"
 #include "plan/plan.h"
 
 namespace py = pybind11;
@@ -30,9 +31,26 @@ py::dict describe(const plan::Kernel& kernel) {
   return out;
 }
 
+// Numbered after the kernels of the first table.
+py::dict describe(const plan::DecodeKernel& kernel) {
+  py::dict out;
+  out["id"] = static_cast<int>(plan::kernels().size()) + kernel.id;
+  out["name"] = kernel.name();
+  out["family"] = "sm90_decode";
+  out["tokens"] = kernel.tile.tokens;
+  out["rows"] = kernel.tile.rows();
+  out["stage_k"] = kernel.tile.stage_k();
+  out["stages"] = kernel.tile.stages(128);
+  out["threads"] = kernel.tile.threads();
+  out["shared_bytes"] = kernel.tile.shared_bytes(128);
+  out["reason"] = kernel.reason;
+  return out;
+}
+
 py::list plans() {
   py::list out;
   for (const plan::Kernel& kernel : plan::kernels()) out.append(describe(kernel));
+  for (const plan::DecodeKernel& kernel : plan::decode_kernels()) out.append(describe(kernel));
   return out;
 }
 
@@ -43,16 +61,27 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     throw py::value_error("plan_for: group_size must be -1, 32, 64 or 128, got " +
                           std::to_string(group_size));
   }
-  const plan::Plan plan = plan::select({m, n, k, group_size, {sm, sms, plan::shared_bytes_of(sm)}});
-  const plan::Partition& part = plan.partition;
+  const plan::Device device{sm, sms, plan::shared_bytes_of(sm), sm == 90};
+  const plan::Problem problem{m, n, k, group_size == -1 ? k : group_size, device};
   py::dict out;
   out["m"] = m;
   out["n"] = n;
   out["k"] = k;
   out["group_size"] = group_size;
-  out["dtype"] = bf16 ? "bfloat16" : "float16";
+  out["dtype"] = bf16 ? "bfloat16" : "float16";  // makes no difference yet
   out["sm"] = sm;
   out["sms"] = sms;
+  if (const auto decode = plan::select_decode(problem)) {
+    out["kernel"] = describe(decode->kernel);
+    out["blocks"] = decode->blocks;
+    out["cluster"] = decode->cluster;
+    out["row_tiles"] = decode->row_tiles;
+    out["stages_per_block"] = decode->stages_per_block;
+    out["workspace_bytes"] = 0;
+    return out;
+  }
+  const plan::Plan plan = plan::select(problem);
+  const plan::Partition& part = plan.partition;
   out["kernel"] = describe(plan.kernel);
   out["blocks"] = part.blocks;
   out["row_tiles"] = part.row_tiles;
@@ -75,32 +104,37 @@ py::dict build_info() {
   return out;
 }
 
-// See csrc/ops/attributes.cpp: 0, or 1 with a message in `error`.
-using AttributesFunction = int (*)(int id, int bf16, cuda::KernelAttributes* out, char* error,
-                                   size_t error_size);
-
-// The function of the op library that lies beside this module, if it was built with CUDA.
-AttributesFunction attributes_function() {
+// A function of the op library that lies beside this module (csrc/ops/attributes.cpp).
+template <typename Function>
+Function op_library_function(const char* name) {
   Dl_info self{};
-  if (!dladdr(reinterpret_cast<const void*>(&attributes_function), &self)) return nullptr;
-  const auto library = std::filesystem::path(self.dli_fname).parent_path() / "_ops.abi3.so";
-  void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
-  if (!handle) return nullptr;
-  return reinterpret_cast<AttributesFunction>(dlsym(handle, "marlin_kernel_attributes"));
+  if (dladdr(reinterpret_cast<const void*>(&build_info), &self)) {
+    const auto library = std::filesystem::path(self.dli_fname).parent_path() / "_ops.abi3.so";
+    if (void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD)) {
+      if (void* function = dlsym(handle, name)) return reinterpret_cast<Function>(function);
+    }
+  }
+  throw std::runtime_error(
+      "marlin._inspect: the op library is not loaded (import marlin first) or was built without "
+      "CUDA kernels");
+}
+
+void throw_if(int failed, const char* error) {
+  if (failed) throw std::runtime_error(error);
+}
+
+void force_plan(int id, int sms) {
+  char error[512] = "";
+  const auto force = op_library_function<int (*)(int, int, char*, size_t)>("marlin_force_plan");
+  throw_if(force(id, sms, error, sizeof error), error);
 }
 
 py::dict kernel_attributes(int id, bool bf16) {
-  const auto ask = attributes_function();
-  if (!ask) {
-    throw std::runtime_error(
-        "kernel_attributes: the op library is not loaded (import marlin first) or was built "
-        "without CUDA kernels");
-  }
+  const auto ask = op_library_function<int (*)(int, int, cuda::KernelAttributes*, char*, size_t)>(
+      "marlin_kernel_attributes");
   cuda::KernelAttributes a{};
   char error[512] = "";
-  if (ask(id, bf16, &a, error, sizeof error) != 0) {
-    throw std::runtime_error(std::string("kernel_attributes: ") + error);
-  }
+  throw_if(ask(id, bf16, &a, error, sizeof error), error);
   py::dict out;
   out["registers"] = a.registers;
   out["local_bytes"] = a.local_bytes;
@@ -120,9 +154,11 @@ PYBIND11_MODULE(_inspect, m) {
   m.doc() = "What was built, and what the planner chooses.";
   m.def("plans", &plans, "Every compiled GEMM kernel.");
   m.def("plan_for", &plan_for, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(),
-        py::arg("group_size") = 128, py::arg("bf16") = false, py::arg("sm") = 90,
-        py::arg("sms") = 132, "The kernel and the partition chosen for a problem on a device.");
+        py::arg("group_size") = 128, py::arg("bf16") = false, py::arg("sm"), py::arg("sms"),
+        "The kernel and the partition chosen for a problem on a device.");
   m.def("build_info", &build_info, "Versions and settings of this build.");
+  m.def("force_plan", &force_plan, py::arg("id") = -1, py::kw_only(), py::arg("sms") = 0,
+        "For tests and benchmarks: makes every gemm run one kernel, or one partition.");
   m.def("kernel_attributes", &kernel_attributes, py::arg("id"), py::kw_only(),
         py::arg("bf16") = false, "Registers, shared memory and occupancy on the current device.");
 }

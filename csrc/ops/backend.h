@@ -5,7 +5,8 @@
 
 namespace marlin::ops {
 
-// `on_cpu(parallel_for)` or `on_cuda(stream)`, the latter with the tensor's device made current.
+// `on_cpu(parallel_for)` or `on_cuda(stream)`, the latter with the tensor's device made current. Make
+// `on_cuda` a generic lambda: then a build without CUDA never looks at its body.
 template <typename OnCpu, typename OnCuda>
 void run_where(const Tensor& t, OnCpu&& on_cpu, [[maybe_unused]] OnCuda&& on_cuda) {
   if (!t.is_cuda()) {

@@ -43,6 +43,10 @@ void check_same_device(const char* op, const char* name, const Tensor& t,
                "; move them to one device");
 }
 
+void check_not_empty(const char* op, const char* name, const Tensor& t) {
+  MARLIN_CHECK(t.numel() > 0, prefix(op, name), "must not be empty, got ", shape_of(t));
+}
+
 void check_packed(const char* op, const Tensor& qweight) {
   check_dtype(op, "qweight", qweight, ScalarType::Int);
   MARLIN_CHECK(qweight.dim() == 3 && qweight.size(2) == layout::kWordsPerBlock,
@@ -70,6 +74,9 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
   MARLIN_CHECK(k >= 1 && layout::ceil_div(k, layout::kBlock) == qweight.size(1),
                prefix(op, "qweight"), shape_of(qweight), " holds ", qweight.size(1),
                " blocks of 64 input features, but K = ", k);
+  constexpr int64_t kLimit = int64_t{1} << 30;  // sizes are 32-bit in the kernels, with room to pad
+  MARLIN_CHECK(n < kLimit && k < kLimit, prefix(op, "qweight"), "is for N = ", n, ", K = ", k,
+               "; each must be below 2^30");
   const int64_t group_size = group_size_of(groups, k);
   MARLIN_CHECK(group_size != 0, prefix(op, "scales"), "has G = ", groups, " groups, but K = ", k,
                " makes 1, or ", layout::ceil_div(k, 32), ", ", layout::ceil_div(k, 64), " or ",
@@ -82,30 +89,16 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
     check_contiguous(op, "zeros", *zeros);
     check_same_device(op, "zeros", *zeros, "qweight", qweight);
   }
-  if (perm) {
-    check_dtype(op, "perm", *perm, ScalarType::Int);
-    MARLIN_CHECK(perm->dim() == 1 && perm->size(0) == k, prefix(op, "perm"),
-                 "must have shape [K] = [", k, "], got ", shape_of(*perm));
-    check_contiguous(op, "perm", *perm);
-    check_same_device(op, "perm", *perm, "qweight", qweight);
-  }
+  if (perm) check_perm(op, *perm, k, qweight);
   return {n, k, groups, group_size};
 }
 
-void check_permutation(const char* op, const Tensor& perm, int64_t k) {
-  const Tensor on_cpu =
-      perm.is_cpu()
-          ? perm
-          : torch::stable::to(perm, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  const auto* entries = static_cast<const int32_t*>(on_cpu.data_ptr());
-  std::vector<bool> seen(static_cast<size_t>(k), false);
-  for (int64_t i = 0; i < k; ++i) {
-    MARLIN_CHECK(entries[i] >= 0 && entries[i] < k, prefix(op, "perm"), "entry ", i, " is ",
-                 entries[i], "; entries must be 0..", k - 1);
-    MARLIN_CHECK(!seen[entries[i]], prefix(op, "perm"), "holds ", entries[i],
-                 " twice; it must be a permutation of 0..", k - 1);
-    seen[entries[i]] = true;
-  }
+void check_perm(const char* op, const Tensor& perm, int64_t k, const Tensor& qweight) {
+  check_dtype(op, "perm", perm, ScalarType::Int);
+  MARLIN_CHECK(perm.dim() == 1 && perm.size(0) == k, prefix(op, "perm"), "must have shape [K] = [",
+               k, "], got ", shape_of(perm));
+  check_contiguous(op, "perm", perm);
+  check_same_device(op, "perm", perm, "qweight", qweight);
 }
 
 void check_range_on_cpu(const char* op, const OptionalTensor& perm, int64_t k) {
@@ -114,6 +107,18 @@ void check_range_on_cpu(const char* op, const OptionalTensor& perm, int64_t k) {
   for (int64_t i = 0; i < k; ++i) {
     MARLIN_CHECK(entries[i] >= 0 && entries[i] < k, prefix(op, "perm"), "entry ", i, " is ",
                  entries[i], "; entries must be 0..", k - 1);
+  }
+}
+
+void check_permutation(const char* op, const Tensor& perm, int64_t k) {
+  const Tensor on_cpu = to_cpu(perm);
+  check_range_on_cpu(op, on_cpu, k);
+  const auto* entries = static_cast<const int32_t*>(on_cpu.data_ptr());
+  std::vector<bool> seen(static_cast<size_t>(k), false);
+  for (int64_t i = 0; i < k; ++i) {
+    MARLIN_CHECK(!seen[entries[i]], prefix(op, "perm"), "holds ", entries[i],
+                 " twice; it must be a permutation of 0..", k - 1);
+    seen[entries[i]] = true;
   }
 }
 

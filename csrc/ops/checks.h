@@ -20,6 +20,8 @@ void check_contiguous(const char* op, const char* name, const Tensor& t);
 void check_same_device(const char* op, const char* name, const Tensor& t,
                        const char* reference_name, const Tensor& reference);
 
+void check_not_empty(const char* op, const char* name, const Tensor& t);
+
 // int32 [ceil(n/64), ceil(k/64), 512], contiguous.
 void check_packed(const char* op, const Tensor& qweight);
 
@@ -27,11 +29,14 @@ void check_packed(const char* op, const Tensor& qweight);
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales,
                          const OptionalTensor& zeros, const OptionalTensor& perm, int64_t k);
 
+// int32 [k], on qweight's device.
+void check_perm(const char* op, const Tensor& perm, int64_t k, const Tensor& qweight);
+
 // A permutation of 0..k-1, read entry by entry: copied to the CPU first where it is on a GPU.
 void check_permutation(const char* op, const Tensor& perm, int64_t k);
 
 // perm's entries lie in 0..k-1. Only for CPU tensors: on a GPU this would wait for the device, so
-// there the kernels never follow an index out of range (gemm gives NaN for it).
+// there the kernels never follow an index out of range (the result is NaN instead).
 void check_range_on_cpu(const char* op, const OptionalTensor& perm, int64_t k);
 
 }  // namespace marlin::ops

@@ -73,7 +73,7 @@ Gemm arguments(const Tensor& input, const Tensor& qweight, const Tensor& scales,
 }  // namespace
 
 Tensor gemm(Tensor input, Tensor qweight, Tensor scales, OptionalTensor zeros, OptionalTensor perm,
-            OptionalTensor bias, [[maybe_unused]] bool static_weights) {
+            OptionalTensor bias, bool static_weights) {
   check_input(input, qweight, scales);
   const int64_t last = input.dim() - 1;
   const WeightShape w = check_weight(kOp, qweight, scales, zeros, perm, input.size(last));
@@ -90,15 +90,14 @@ Tensor gemm(Tensor input, Tensor qweight, Tensor scales, OptionalTensor zeros, O
   const Tensor rows = row_stride(input) < 0 ? torch::stable::contiguous(input) : input;
   Gemm args = arguments(rows, qweight, scales, zeros, perm, bias, w);
   args.output = output.data_ptr();
+  args.static_weights = static_weights;
   run_where(
       qweight, [&](const cpu::ParallelFor& parallel_for) { cpu::gemm(args, parallel_for); },
-      [&]([[maybe_unused]] void* stream) {
-#ifdef MARLIN_WITH_CUDA
+      [&](auto stream) {
         // Scratch comes from torch's allocator, so it is safe across streams and in graph capture.
         const int64_t bytes = cuda::gemm_workspace_bytes(args);
         const Tensor workspace = torch::stable::new_empty(input, {bytes}, ScalarType::Byte);
         cuda::gemm(args, workspace.data_ptr(), stream);
-#endif
       });
   return output;
 }

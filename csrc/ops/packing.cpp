@@ -21,24 +21,14 @@ Tensor pack_from(const Tensor& like, const Source& source, int64_t n, int64_t k)
   run_where(
       like,
       [&](const cpu::ParallelFor& parallel_for) { cpu::pack(source, words, n, k, parallel_for); },
-      [&]([[maybe_unused]] void* stream) {
-#ifdef MARLIN_WITH_CUDA
-        cuda::pack(source, words, n, k, stream);
-#endif
-      });
+      [&](auto stream) { cuda::pack(source, words, n, k, stream); });
   return out;
 }
 
 // The largest entry; waits for the device. Packing is load-time work.
 int64_t largest(const Tensor& bytes) {
-  const Tensor top = torch::stable::amax(bytes, {0, 1});
-  const Tensor on_cpu =
-      torch::stable::to(top, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  return *static_cast<const uint8_t*>(on_cpu.data_ptr());
-}
-
-void check_not_empty(const char* op, const char* name, const Tensor& t) {
-  MARLIN_CHECK(t.numel() > 0, "marlin::", op, ": ", name, " must not be empty, got ", shape_of(t));
+  const Tensor top = to_cpu(torch::stable::amax(bytes, {0, 1}));
+  return *static_cast<const uint8_t*>(top.data_ptr());
 }
 
 }  // namespace
@@ -61,11 +51,7 @@ Tensor repack_gptq(Tensor qweight, OptionalTensor perm) {
   check_contiguous(kOp, "qweight", qweight);
   const int64_t k = qweight.size(0) * 8, n = qweight.size(1);
   if (perm) {
-    check_dtype(kOp, "perm", *perm, ScalarType::Int);
-    MARLIN_CHECK(perm->dim() == 1 && perm->size(0) == k, "marlin::repack_gptq: perm must have ",
-                 "shape [K] = [", k, "], got ", shape_of(*perm));
-    check_contiguous(kOp, "perm", *perm);
-    check_same_device(kOp, "perm", *perm, "qweight", qweight);
+    check_perm(kOp, *perm, k, qweight);
     check_permutation(kOp, *perm, k);
   }
   const Gptq source{static_cast<const int32_t*>(qweight.data_ptr()), data_or_null<int32_t>(perm)};
@@ -94,11 +80,7 @@ Tensor unpack(Tensor qweight, int64_t n, int64_t k) {
   run_where(
       qweight,
       [&](const cpu::ParallelFor& parallel_for) { cpu::unpack(words, out, n, k, parallel_for); },
-      [&]([[maybe_unused]] void* stream) {
-#ifdef MARLIN_WITH_CUDA
-        cuda::unpack(words, out, n, k, stream);
-#endif
-      });
+      [&](auto stream) { cuda::unpack(words, out, n, k, stream); });
   return q;
 }
 
@@ -122,11 +104,7 @@ Tensor dequantize(Tensor qweight, Tensor scales, OptionalTensor zeros, OptionalT
   args.dtype = dtype_of(scales);
   run_where(
       qweight, [&](const cpu::ParallelFor& parallel_for) { cpu::dequantize(args, parallel_for); },
-      [&]([[maybe_unused]] void* stream) {
-#ifdef MARLIN_WITH_CUDA
-        cuda::dequantize(args, stream);
-#endif
-      });
+      [&](auto stream) { cuda::dequantize(args, stream); });
   return weight;
 }
 

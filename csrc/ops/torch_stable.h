@@ -86,6 +86,11 @@ inline DType dtype_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
 }
 
+inline Tensor to_cpu(const Tensor& t) {
+  if (t.is_cpu()) return t;
+  return torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
 template <typename T>
 const T* data_or_null(const OptionalTensor& t) {
   return t ? static_cast<const T*>(t->data_ptr()) : nullptr;

@@ -13,6 +13,7 @@ struct Device {
   int sm = 0;            // compute capability, e.g. 90
   int sm_count = 0;      // multiprocessors
   int shared_bytes = 0;  // the most shared memory a block may ask for
+  bool wgmma = false;    // Hopper, and this build holds code for it
 };
 
 // The shared memory that a block may have on GPUs of a compute capability (CUDA programming guide,

@@ -62,8 +62,8 @@ Plan plan_with(const Kernel& kernel, const Problem& problem) {
   return plan;
 }
 
-// The table is in order of preference: the first kernel whose tile holds all tokens and that fits
-// the device; past the largest tile, the last that fits.
+// The table is in order of preference: the first kernel that fits the device and whose tile holds all
+// tokens; where none holds them all, the first of the largest that fit.
 Plan select(const Problem& problem) {
   const Kernel* best = nullptr;
   for (const Kernel& kernel : kernels()) {
@@ -73,10 +73,15 @@ Plan select(const Problem& problem) {
     if (first_of_its_size) best = &kernel;
     if (holds_all) break;
   }
-  if (problem.device.sm < 80 || !best) {
+  if (problem.device.sm < 80) {
     throw std::runtime_error("marlin: no kernel for compute capability " +
                              std::to_string(problem.device.sm / 10) + "." +
                              std::to_string(problem.device.sm % 10) + "; 8.0 or later is needed");
+  }
+  if (!best) {
+    throw std::runtime_error("marlin: no kernel fits a device that gives a block " +
+                             std::to_string(problem.device.shared_bytes) +
+                             " bytes of shared memory");
   }
   return plan_with(*best, problem);
 }

@@ -1,6 +1,7 @@
 // The torch-free C++ API on the CPU, alone.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <random>
 #include <thread>

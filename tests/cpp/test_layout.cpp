@@ -2,6 +2,7 @@
 // multiplied as the PTX ISA says the tensor core would, lane by lane.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <random>
 #include <vector>
 

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "plan/decode.h"
 #include "plan/plan.h"
 
 namespace {
@@ -66,7 +67,7 @@ void check_partition(const Problem& problem) {
     for (int64_t unit = begin, segment = 0; unit < end; ++segment) {
       const int64_t tile = unit / part.units_per_tile;
       const int64_t stop = std::min((tile + 1) * part.units_per_tile, end);
-      const int64_t slot = std::min<int64_t>(segment, 1);  // as Gemm::run numbers them
+      const int64_t slot = std::min<int64_t>(segment, 1);  // as BlockGemm::run numbers them
       if (stop - unit < part.units_per_tile) {
         ASSERT_FALSE(used[slot]) << "two partial tiles in one slot";
         used[slot] = true;
@@ -104,6 +105,32 @@ TEST(Plan, PartitionDoesEverythingOnce) {
         << problem.m << " x " << problem.n << " x " << problem.k << " on "
         << problem.device.sm_count;
   }
+}
+
+// The decode kernels' grids: every stage of every tile is some block's, once.
+TEST(Plan, DecodeGridsDoEverythingOnce) {
+  std::mt19937 random(4);
+  const auto up_to = [&](int64_t most) { return 1 + static_cast<int64_t>(random() % most); };
+  for (int i = 0; i < 2000; ++i) {
+    Problem problem{up_to(32), up_to(i % 2 ? 9000 : 60000), up_to(30000), 128, device_of(90, 132)};
+    problem.device.wgmma = true;
+    if (i % 5 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
+    const auto plan = select_decode(problem);
+    ASSERT_TRUE(plan.has_value());
+    const DecodeTile& tile = plan->kernel.tile;
+    ASSERT_GE(tile.tokens, problem.m);
+    ASSERT_LE(tile.shared_bytes(32), problem.device.shared_bytes);
+    ASSERT_LT((plan->row_tiles - 1) * int64_t{tile.rows()}, problem.n);
+    ASSERT_GE(plan->row_tiles * int64_t{tile.rows()}, problem.n);
+    ASSERT_GE(int64_t{plan->stages_per_block} * plan->cluster * tile.stage_k(), problem.k);
+    ASSERT_EQ(tile.rows() % plan->cluster, 0);
+    if (plan->cluster > 1) {
+      ASSERT_EQ(plan->blocks, plan->row_tiles * plan->cluster);
+    } else {
+      ASSERT_LE(plan->blocks, plan->row_tiles);
+    }
+  }
+  EXPECT_FALSE(select_decode({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
 }
 
 TEST(Plan, LargestProblemsDoNotOverflow) {

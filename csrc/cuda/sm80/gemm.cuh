@@ -10,7 +10,7 @@
 // workspace, which reduce.cuh adds in the order of k: nothing is locked, nothing is atomic, and the
 // same input gives the same bits.
 //
-// Warps: 4 per 64 rows, each 16 rows of every row block; `warps_k` such sets split a stage's k.
+// Warps: sets of 4, a warp taking 16 rows of every row block; `warps_k` such sets split a stage's k.
 // What a warp does per stage besides converting and multiplying is what decides small M, so all
 // addresses are carried along and moved by constants (28.3 to 15.5 us with two blocks of k per stage,
 // 8192 x 8192, M = 1, H200).
@@ -48,7 +48,7 @@ struct Shape {
   static constexpr plan::Tile kTile{kTokens, kRowBlocks, kWarpsK, kBlocksK, kStages};
 };
 
-// A unit of work: 64 * warps_k columns of one tile.
+// A unit of work: one stage of one tile.
 struct Unit {
   int row_tile, token_tile, stage_of_tile;
 
@@ -189,7 +189,7 @@ struct Loader {
 };
 
 template <typename Element, typename S>
-struct Gemm {
+struct BlockGemm {
   using Copies = Loader<Element, S>;
   using Format = typename ElementTraits<Element>::Format;
   static constexpr plan::Tile kTile = S::kTile;
@@ -204,7 +204,7 @@ struct Gemm {
   const int cell_at, scale_at, input_at;  // this thread's first bytes of each in a stage
   float sums[kRowBlocks][kTokenTiles][4] = {};
 
-  __device__ Gemm(const Params<Element>& params, char* shared_memory)
+  __device__ BlockGemm(const Params<Element>& params, char* shared_memory)
       : p(params),
         shared(shared_memory),
         thread(static_cast<int>(threadIdx.x)),
@@ -344,7 +344,7 @@ struct Gemm {
         const int t = i / kRows, row = i % kRows;
         store(u, first + t, row, buffer[t * kStride + row], whole, slot);
       }
-      __syncthreads();  // before the buffer, or the stage it follows, is written again
+      __syncthreads();  // before the buffer is written again
     }
 #pragma unroll
     for (int r = 0; r < kRowBlocks; ++r) {
@@ -424,7 +424,7 @@ template <typename Element, typename S>
 __global__ void __launch_bounds__(S::kTile.threads(), 1)
     gemm_kernel(const __grid_constant__ Params<Element> params) {
   extern __shared__ __align__(128) char shared[];
-  Gemm<Element, S>(params, shared).run();
+  BlockGemm<Element, S>(params, shared).run();
 }
 
 }  // namespace marlin::cuda::sm80

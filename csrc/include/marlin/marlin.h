@@ -25,6 +25,9 @@ struct Gemm {
   int64_t m = 0, n = 0, k = 0;
   int64_t group_size = 0;  // 32, 64, 128, or any value >= k for one group
   DType dtype = DType::kFloat16;
+  // A promise that no kernel still in flight on the stream writes qweight, scales or zeros: they may
+  // then be read before the stream's earlier kernels have finished.
+  bool static_weights = false;
 };
 
 // Where the nibbles of an unpacked or foreign weight are: `source` is one of
@@ -77,7 +80,8 @@ void unpack(const int32_t* qweight, uint8_t* q, int64_t n, int64_t k,
 // thrown as std::runtime_error.
 namespace cuda {
 
-// Bytes of scratch that `gemm` needs on the current device; its contents need no initialisation.
+// Bytes of scratch that `gemm` needs for these very arguments, pointers included, on the current
+// device. The scratch must start on 256 bytes; its contents need no initialisation.
 int64_t gemm_workspace_bytes(const Gemm& args);
 void gemm(const Gemm& args, void* workspace, void* stream);
 void dequantize(const Dequantize& args, void* stream);

@@ -1,0 +1,18 @@
+// Launches of the Hopper kernels.
+#pragma once
+
+#include "cuda/prepare.cuh"
+#include "plan/decode.h"
+
+namespace marlin::cuda::sm90 {
+
+inline constexpr int kColumnMultiple = 64;  // activations are read by boxes of 64 columns
+
+inline Scratch scratch_of(const Gemm& args, const plan::DecodePlan&) {
+  return {args, kColumnMultiple, 0};
+}
+
+template <typename Element>
+void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cudaStream_t stream);
+
+}  // namespace marlin::cuda::sm90
