@@ -10,8 +10,8 @@ import torch
 
 METHOD = (
     "time per call inside one CUDA graph that walks over at least 320 MB of distinct weights (cold "
-    "L2), random weights and activations, static_weights=True, median of 7 windows of replays, CUDA "
-    "events; floor: the time of an H200 (benchmarks/shapes.py); cuBLAS fp16 "
+    "L2), random weights and activations, static_weights=True, median of 7 windows of replays, "
+    "CUDA events; floor: the time of an H200 (benchmarks/shapes.py); cuBLAS fp16 "
     "(torch.nn.functional.linear) by the same method in the same process"
 )
 

@@ -22,8 +22,8 @@ FLOPS_PER_SECOND = 790e12
 def floor_us(n: int, k: int, m: int, group_size: int, *, zeros: bool = False) -> float:
     """The least time, in microseconds, in which an H200 could do a 4-bit GEMM.
 
-    The larger of reading weights, scales (and zero points) and activations and writing outputs once,
-    and of doing the floating-point operations.
+    The larger of reading weights, scales (and zero points) and activations and writing outputs
+    once, and of doing the floating-point operations.
     """
     groups = 1 if group_size == -1 else -(-k // group_size)
     moved = n * k / 2 + (3 if zeros else 2) * n * groups + 2 * m * (n + k)

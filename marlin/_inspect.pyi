@@ -31,7 +31,7 @@ def kernel_attributes(id: int, *, bf16: bool = False) -> dict[str, int]:
     """
 
 def force_plan(id: int = -1, *, sms: int = 0) -> None:
-    """For tests and benchmarks: until called again, every CUDA gemm of the process runs kernel ``id``.
+    """For tests and benchmarks: until called again, every CUDA gemm runs kernel ``id``.
 
     -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as
     many as it has). Raises ``RuntimeError`` for an unknown id, or without CUDA kernels.
