@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from marlin.formats.packed import COMPUTE_DTYPES, describe, group_size_of
+from marlin.formats.packed import COMPUTE_DTYPES, describe, group_size_of, operands
 
 if TYPE_CHECKING:
     from marlin._packed_module import PackedModule
@@ -41,14 +41,7 @@ def check_operands(
         raise ValueError(f"scales: got {describe(scales)}; it must be [groups, {n}]; reshape it")
     groups = scales.size(0)
     group_size_of(k, groups)
-    rules = {
-        "qweight": (torch.int32, (-(-n // 64), -(-k // 64), 512)),
-        "scales": (scales.dtype, (groups, n)),
-        "zeros": (torch.uint8, (groups, n)),
-        "perm": (torch.int32, (k,)),
-        "bias": (scales.dtype, (n,)),
-    }
-    for name, (dtype, shape) in rules.items():
+    for name, (dtype, shape) in operands(k, n, groups, scales.dtype).items():
         tensor = tensors[name]
         if tensor is None:
             continue
@@ -117,6 +110,12 @@ def check_dtypes_kept(fn: Callable[[Tensor], Tensor], tensors: Mapping[str, Tens
         tensor = tensors[name]
         if tensor is None or tensor.dtype == dtype or tensor.is_meta:
             continue
+        if name == "scales" and bool(((tensor != 0) & (tensor.to(dtype) == 0)).any()):
+            smallest = float(tensor.abs()[tensor != 0].min())
+            raise ValueError(
+                f"MarlinLinear: got a cast to {dtype} with scales down to {smallest:g}, which "
+                f"become 0 in it; keep the layer in {tensor.dtype}"
+            )
         largest = float(tensor.abs().max())
         if largest > torch.finfo(dtype).max:
             raise ValueError(
@@ -140,7 +139,14 @@ def state_dict_problems(
     problems = []
     buffers: Mapping[str, Tensor | None] = layer._buffers
     found = {key: state_dict[prefix + key] for key in buffers if prefix + key in state_dict}
-    if "qweight" in found:  # otherwise nothing of the layer, or a part of it: torch lists those
+    missing = {"qweight", "scales"} - found.keys()
+    if len(missing) == 1:
+        here, absent = ("scales" if "qweight" in missing else "qweight"), missing.pop()
+        problems.append(
+            f"{name}: got '{prefix}{here}' without '{prefix}{absent}'; codes mean nothing without "
+            "their scales; pass the tensors of a whole layer, or none"
+        )
+    if "qweight" in found:  # otherwise nothing of the layer, or its bias: torch lists the rest
         for key in OPTIONAL:
             stored, built = key in found, buffers[key] is not None
             if stored != built:

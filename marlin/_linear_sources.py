@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
+from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.gptq import GptqSettings, pack_linear
-from marlin.formats.packed import PackedWeight, group_size_of, label
+from marlin.formats.packed import PackedWeight, cast_bias, describe, group_size_of, label
 from marlin.quantize import quantize_rtn
 
 ZEROS_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
-class Source(NamedTuple):
-    """A packed weight and the bias ``[N]`` beside it, in the dtype of the scales."""
-
-    weight: PackedWeight
-    bias: Tensor | None
-
-
 def quantize_linear(
     linear: nn.Linear, group_size: int, symmetric: bool, dtype: torch.dtype
-) -> Source:
+) -> PackedWeight:
     """See ``MarlinLinear.from_linear``."""
     found = quantize_rtn(linear.weight, group_size=group_size, symmetric=symmetric, dtype=dtype)
     qweight: Tensor = torch.ops.marlin.pack(found.q)
-    weight = PackedWeight(
-        qweight, found.scales, found.zeros, None, linear.in_features, linear.out_features
-    )
-    return Source(weight, None if linear.bias is None else _rounded(linear.bias, dtype))
+    k, n = linear.in_features, linear.out_features
+    bias = None if linear.bias is None else cast_bias(linear.bias.detach(), dtype, dtype)
+    return PackedWeight(qweight, found.scales, found.zeros, None, k, n, bias)
 
 
 def read_gptq(
@@ -42,14 +33,29 @@ def read_gptq(
     checkpoint_format: str,
     sym: bool | None,
     zeros_carry: bool,
+    dtype: torch.dtype | None,
     layer: str,
-) -> Source:
+) -> PackedWeight:
     """See ``MarlinLinear.from_gptq``. Worked out on the CPU, returned on ``qweight``'s device."""
     if checkpoint_format not in ZEROS_VERSIONS:
         raise ValueError(
             f"{label(layer)}checkpoint_format: got {checkpoint_format!r}; it must be 'gptq' or "
             "'gptq_v2'; see quantization_config in the checkpoint's config.json"
         )
+    named = {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx, "bias": bias}
+    problems = []
+    for name, tensor in named.items():
+        if tensor is not None and tensor.is_meta:
+            problems.append(
+                f"{label(layer)}{name}: got a meta tensor; its values are needed; load it first"
+            )
+        elif tensor is not None and name in ("qweight", "scales") and tensor.dim() != 2:
+            problems.append(
+                f"{label(layer)}{name}: got {describe(tensor)}; it must have 2 dimensions, "
+                f"{'[in_features / 8' if name == 'qweight' else '[groups'}, out_features]"
+            )
+    if problems:
+        raise CheckpointError(problems)
     k, device = 8 * qweight.size(0), qweight.device
     group_size = group_size_of(k, scales.size(0), layer)
     if g_idx is None:
@@ -62,26 +68,16 @@ def read_gptq(
         g_idx.cpu(),
         None if bias is None else bias.cpu(),
         settings,
+        dtype=dtype,
         name=layer or "layer",
     )
     zeros, perm, kept = (
         None if part is None else part.to(device) for part in (found.zeros, found.perm, found.bias)
     )
-    weight = PackedWeight(
-        found.qweight.to(device), found.scales.to(device), zeros, perm, k, scales.size(1)
+    return found._replace(
+        qweight=found.qweight.to(device),
+        scales=found.scales.to(device),
+        zeros=zeros,
+        perm=perm,
+        bias=kept,
     )
-    return Source(weight, kept)
-
-
-def _rounded(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """``bias`` in ``dtype``; what is not finite in it is refused."""
-    bias = bias.detach()
-    rounded = bias.to(dtype)
-    bad = torch.nonzero(~torch.isfinite(rounded))
-    if len(bad):
-        at = int(bad[0])
-        raise ValueError(
-            f"bias: got {float(bias[at])} at {at}; it must be finite in {dtype}; repair the "
-            "checkpoint, or pass dtype=torch.bfloat16 for values above float16's 65504"
-        )
-    return rounded

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from marlin._linear_checks import check_dtypes_kept, state_dict_problems
 from marlin._weight_watch import WeightWatch
+from marlin.formats.packed import aligned
 
 Module = TypeVar("Module", bound="PackedModule")
 
@@ -18,19 +19,25 @@ class PackedModule(nn.Module):
     """A layer whose weight is a set of buffers, some of which may be None.
 
     Attributes:
-        static_weights: the promise to the kernel that nothing in flight still writes the weights,
-            so that it may fetch them before the previous kernel ends. None, the default: promised
-            when the buffers are those of the last call, unwritten since, and always in a compiled
-            graph, where weights count as constants. Set it to False to write them on the GPU from
-            inside a compiled graph, and to True for a layer that was made in inference mode, whose
-            writes cannot be seen.
+        static_weights: described in :class:`marlin.MarlinLinear`.
     """
 
+    in_features: int
+    out_features: int
+    group_size: int
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+    bias: Tensor | None
     static_weights: bool | None = None
 
     def _set_buffers(self, **tensors: Tensor | None) -> None:
         # Absent ones last: torch.export (2.11) numbers the buffers of a root module without looking
-        # whether they are None, and fails on a tensor that comes after a None.
+        # whether they are None, and fails on a tensor that comes after a None. A name that is there
+        # already would keep its place.
+        for name in tensors:
+            self._buffers.pop(name, None)
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1] is None):
             self.register_buffer(name, None if tensor is None else tensor.detach())
         self._watch = WeightWatch()
@@ -40,8 +47,32 @@ class PackedModule(nn.Module):
         if self.static_weights is not None:
             return self.static_weights
         if torch.compiler.is_compiling():
-            return True
+            return False
         return self._watch.unchanged(self._buffers.values())
+
+    def dequantize(self) -> Tensor:
+        """The weight as the layer computes with it: ``[out_features, in_features]``."""
+        return cast(
+            Tensor,
+            torch.ops.marlin.dequantize(
+                self.qweight, self.scales, self.zeros, self.perm, k=self.in_features
+            ),
+        )
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored per weight, with scales, zeros, order and padding, without the bias."""
+        parts = (self.qweight, self.scales, self.zeros, self.perm)
+        stored = sum(8 * t.numel() * t.element_size() for t in parts if t is not None)
+        return stored / (self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        symmetry = "symmetric" if self.zeros is None else "asymmetric"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"group_size={self.group_size}, {symmetry}, act_order={self.perm is not None}, "
+            f"bias={self.bias is not None}, {self.bits_per_weight:.4g} bits/weight"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -54,6 +85,7 @@ class PackedModule(nn.Module):
 
     def _apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         check_dtypes_kept(fn, self._buffers)
+        self._watch.forget()
         return cast(Module, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(
@@ -68,9 +100,33 @@ class PackedModule(nn.Module):
     ) -> None:
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         problems = state_dict_problems(self, state_dict, prefix, assign)
+        saved = (local_metadata.get("in_features"), local_metadata.get("out_features"))
+        own = (self.in_features, self.out_features)
+        if prefix + "qweight" in state_dict and None not in saved and saved != own:
+            problems.insert(
+                0,
+                f"{prefix.removesuffix('.') or 'MarlinLinear'}: got the state of a layer with "
+                f"in_features={saved[0]}, out_features={saved[1]}; this one has {own[0]} and "
+                f"{own[1]}, and the padded qweight does not tell; build it with the other's",
+            )
         if problems:  # nothing is copied: a layer of old codes and new scales would be neither
             error_msgs.extend(problems)
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._watch.forget()
+        if assign:
+            for key, tensor in self._buffers.items():
+                self._buffers[key] = aligned(tensor)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the version that torch keeps there, not as a tensor of its own: strict loading and
+        # checkpoint tools know the names of the buffers only.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["in_features"] = self.in_features
+            metadata["out_features"] = self.out_features

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from marlin.convert import SHARD_BYTES, ConversionReport, convert
+from marlin._cli_output import print_conversion, print_plans, print_verification
+from marlin.convert import SHARD_BYTES, convert
 from marlin.environment import environment
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.gptq_config import GROUP_SIZES
-from marlin.verify import VerifyReport, verify
+from marlin.verify import verify
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
-SHOWN_MISMATCHES = 20
+LARGEST_SIZE = 2**31 - 1
 CMAKE_DIR = Path(__file__).parent / "share" / "cmake" / "marlin"
 
 
@@ -49,64 +50,19 @@ def _sizes(text: str) -> list[int]:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = [0]
-    if any(value < 1 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes; write 16 or 1,16,64")
+    if not all(0 < value <= LARGEST_SIZE for value in values):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of sizes from 1 to {LARGEST_SIZE}; write 16 or 1,16,64"
+        )
     return values
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first being the head, as columns; numbers are set to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    right = [
-        all(row[i].replace(".", "").lstrip("-").isdigit() for row in rows[1:])
-        for i in range(len(widths))
-    ]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f}"
-
-
-def _print_conversion(report: ConversionReport) -> None:
-    if report.dry_run:
-        head = ["layer", "K", "N", "group", "zeros", "order", "scales", "MB before", "after"]
-        rows = [
-            [
-                layer.name,
-                str(layer.in_features),
-                str(layer.out_features),
-                "one" if layer.group_size == -1 else str(layer.group_size),
-                "yes" if layer.zeros else "no",
-                "act" if layer.act_order else "plain",
-                layer.dtype,
-                _megabytes(layer.bytes_before),
-                _megabytes(layer.bytes_after),
-            ]
-            for layer in report.layers
-        ]
-        print(_table([head, *rows]))
-    weights = sum(layer.in_features * layer.out_features for layer in report.layers)
-    bits = 8 * sum(layer.bytes_after for layer in report.layers) / weights
-    counts = f"{len(report.layers)} layers ({bits:.3f} bits per weight)"
-    others = f"{report.other_tensors} other tensors"
-    sizes = f"{_megabytes(report.bytes_before)} MB -> {_megabytes(report.bytes_after)} MB"
-    files = f"{len(report.shards)} shard{'s' if len(report.shards) != 1 else ''}"
-    if report.dry_run:
-        print(f"would convert {counts} and copy {others}: {sizes}, {files}; nothing was written")
-    else:
-        print(f"converted {counts} and copied {others}: {sizes}, {files}, {report.seconds:.1f} s")
-        print(f"written to {report.destination}")
-    for name in report.skipped_files:
-        print(f"not copied: {name}")
-    for warning in report.warnings:
-        print(f"marlin: warning: {warning}", file=sys.stderr)
+def _count(text: str) -> int:
+    """A size such as 4096."""
+    value = int(text) if text.isdecimal() and len(text) < 11 else 0
+    if not 0 < value <= LARGEST_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {LARGEST_SIZE}")
+    return value
 
 
 def _run_convert(arguments: argparse.Namespace) -> int:
@@ -119,45 +75,32 @@ def _run_convert(arguments: argparse.Namespace) -> int:
         shard_bytes=arguments.shard_size,
     )
     if arguments.json:
-        print(json.dumps(report.as_dict(), indent=2))
+        print(json.dumps(report.to_dict(), indent=2))
     else:
-        _print_conversion(report)
+        print_conversion(report)
     return 0
-
-
-def _print_verification(report: VerifyReport) -> None:
-    head = ["layer", "weights", "result"]
-    rows = [[r.name, str(r.weights), "different" if r.problem else "equal"] for r in report.layers]
-    print(_table([head, *rows]))
-    print(f"{report.other_tensors} other tensors compared byte by byte")
-    if report.equal:
-        print(f"{report.destination} holds exactly what {report.source} holds")
-    for mismatch in report.mismatches[:SHOWN_MISMATCHES]:
-        print(f"marlin: different: {mismatch}", file=sys.stderr)
-    if len(report.mismatches) > SHOWN_MISMATCHES:
-        print(f"marlin: and {len(report.mismatches) - SHOWN_MISMATCHES} more", file=sys.stderr)
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
     report = verify(arguments.dst, arguments.against, progress=not arguments.json)
     if arguments.json:
-        print(json.dumps(report.as_dict(), indent=2))
+        print(json.dumps(report.to_dict(), indent=2))
     else:
-        _print_verification(report)
+        print_verification(report)
     return 0 if report.equal else 1
 
 
-def _print_plans(plans: Sequence[dict[str, Any]]) -> None:
-    """A table with the kernels' names in place of their descriptions, and the reasons below it."""
-    keys = list(dict.fromkeys(key for plan in plans for key in plan))
-    rows = [
-        [str(v.get("name", v) if isinstance(v := plan.get(key, ""), dict) else v) for key in keys]
-        for plan in plans
-    ]
-    print(_table([keys, *rows]))
-    kernels = [plan["kernel"] for plan in plans if isinstance(plan.get("kernel"), dict)]
-    for name, reason in {k.get("name"): k["reason"] for k in kernels if "reason" in k}.items():
-        print(f"{name}: {reason}")
+def _gpu(arguments: argparse.Namespace) -> dict[str, int] | None:
+    """Compute capability (times ten) and multiprocessors: as given, else of the current device."""
+    if arguments.sm is not None and arguments.sms is not None:
+        return {"sm": arguments.sm, "sms": arguments.sms}
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "sm": arguments.sm or device.major * 10 + device.minor,
+        "sms": arguments.sms or device.multi_processor_count,
+    }
 
 
 def _run_plan(arguments: argparse.Namespace) -> int:
@@ -170,9 +113,14 @@ def _run_plan(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    gpu = {
-        key: getattr(arguments, key) for key in ("sm", "sms") if getattr(arguments, key) is not None
-    }
+    gpu = _gpu(arguments)
+    if gpu is None:
+        print(
+            "marlin: plan: there is no CUDA device to plan for; name one, for example "
+            "--sm 90 --sms 132 (an H200)",
+            file=sys.stderr,
+        )
+        return 2
     try:
         plans: list[dict[str, Any]] = [
             {
@@ -189,11 +137,12 @@ def _run_plan(arguments: argparse.Namespace) -> int:
             for m in arguments.m
         ]
     except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"plan: {error}") from error
+        print(f"marlin: plan: {error}", file=sys.stderr)
+        return 2
     if arguments.json:
         print(json.dumps(plans, indent=2, default=str))
     else:
-        _print_plans(plans)
+        print_plans(plans)
     return 0
 
 
@@ -262,14 +211,16 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("plan", help="show which kernel multiplies which sizes")
     command.add_argument("--m", type=_sizes, required=True, help="tokens, for example 1,16,64")
-    command.add_argument("--n", type=int, required=True, help="output features")
-    command.add_argument("--k", type=int, required=True, help="input features")
+    command.add_argument("--n", type=_count, required=True, help="output features")
+    command.add_argument("--k", type=_count, required=True, help="input features")
     command.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
     command.add_argument("--dtype", choices=DTYPES, default="float16")
     command.add_argument(
-        "--sm", type=int, help="compute capability, for example 90 (default: the GPU's)"
+        "--sm", type=_count, help="compute capability, for example 90 (default: the GPU's)"
     )
-    command.add_argument("--sms", type=int, help="number of multiprocessors (default: the GPU's)")
+    command.add_argument(
+        "--sms", type=_count, help="number of multiprocessors (default: the GPU's)"
+    )
     command.set_defaults(run=_run_plan)
 
     command = commands.add_parser("env", help="what a bug report needs to know about this machine")
@@ -286,8 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except CheckpointError as error:
         print(f"marlin: {error}", file=sys.stderr)
-        if "pass dtype=torch" in str(error):
-            print("marlin: that is --dtype float16 or --dtype bfloat16", file=sys.stderr)
+        for option in error.options:
+            print(f"marlin: on the command line: {option}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError, MemoryError) as error:
         print(f"marlin: {error}", file=sys.stderr)

@@ -30,7 +30,14 @@ from marlin.formats.shards import (
     write_file,
     write_index,
 )
-from marlin.formats.staging import destination_problem, flush, staged_directory
+from marlin.formats.staging import (
+    check_space,
+    destination_problem,
+    disk_bytes,
+    flush,
+    partial_path,
+    staged_directory,
+)
 
 SHARD_BYTES = 2 * 10**9
 SMALL_FILE_BYTES = 200 * 10**6
@@ -83,7 +90,7 @@ class ConversionReport:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return asdict(self)
 
@@ -168,15 +175,6 @@ def _check_places(source: Path, destination: Path) -> None:
         raise CheckpointError(problem)
 
 
-def _check_space(destination: Path, needed: int) -> None:
-    free = shutil.disk_usage(destination.parent).free
-    if free < needed:
-        raise CheckpointError(
-            f"{destination.parent} has {free / 1e9:.2f} GB free and the result needs "
-            f"{needed / 1e9:.2f} GB: free some space or choose another folder"
-        )
-
-
 def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, bar: tqdm[Any]) -> None:
     rest = layer_parameters(checkpoint, layer.name, layer.settings, layer.dtype)
     qweight = checkpoint.read(f"{layer.name}.qweight")
@@ -234,9 +232,10 @@ def convert(
 
     Everything is checked before anything is written; ``dry_run`` stops there. ``dst`` must not
     exist, or be an empty folder; it appears complete, by one rename, or not at all. ``dtype``
-    (float16 or bfloat16) asks for scales and biases in that dtype, which must hold them exactly;
-    None keeps theirs. ``shard_bytes`` bounds the output's files. ``progress`` shows a bar when
-    standard error is a terminal.
+    (float16 or bfloat16) asks for scales in that dtype, which must hold them exactly, and for
+    biases rounded to it; None keeps the scales', which must hold the biases exactly.
+    ``shard_bytes`` bounds the output's files. ``progress`` shows a bar when standard error is a
+    terminal.
 
     Raises :class:`~marlin.formats.checkpoint.CheckpointError` with every reason for which the
     checkpoint is refused, and :class:`OSError` when a file cannot be written.
@@ -260,14 +259,17 @@ def convert(
     copied, skipped = _small_files(source)
     bytes_after = sum(entry.nbytes for _, entries in units for entry in entries)
     small = sum((source / name).stat().st_size for name in copied)
-    _check_space(destination, bytes_after + small + (1 << 20))
-    if not dry_run:
+    needed = bytes_after + small + (1 << 20)
+    if dry_run:
+        check_space(destination, needed, disk_bytes(partial_path(destination)))
+    else:
         with (
             staged_directory(destination) as partial,
             tqdm(
                 desc="converting", total=bytes_after, unit="B", unit_scale=True, disable=silent
             ) as bar,
         ):
+            check_space(destination, needed)  # what a killed run left is gone by now
             _write_all(checkpoint, found, shards, copied, partial, bar)
     return ConversionReport(
         source=str(source),

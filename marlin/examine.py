@@ -6,10 +6,11 @@ its 2^32 words is valid. So what is refused at all is refused here, before anyth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.container import DTYPE_NAMES
@@ -22,7 +23,7 @@ from marlin.formats.gptq import (
     read_parameters,
     zeros_are_ambiguous,
 )
-from marlin.formats.packed import group_count
+from marlin.formats.packed import SYMMETRIC_ZERO, group_count, operands
 from marlin.formats.shards import Entry
 
 LEAVES = ("qweight", "qzeros", "scales", "g_idx", "bias")
@@ -31,7 +32,10 @@ MARKERS = ("qweight", "qzeros", "g_idx")  # leaf names that only a quantized lay
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized layer, and what it becomes; ``dtype`` is that of its scales then."""
+    """A quantized layer, and what it becomes; ``dtype`` is that of its scales then.
+
+    ``only_zero`` is the one value that all of its zero points have, or None.
+    """
 
     name: str
     in_features: int
@@ -42,23 +46,18 @@ class Layer:
     act_order: bool
     bias: bool
     bytes_before: int
+    only_zero: int | None
 
     def entries(self) -> list[Entry]:
         """The tensors to be written for this layer."""
-        n, k = self.out_features, self.in_features
-        groups = group_count(k, self.settings.group_size)
-        dtype = DTYPE_NAMES[self.dtype]
-        found = [
-            Entry(f"{self.name}.qweight", "I32", (-(-n // 64), -(-k // 64), 512)),
-            Entry(f"{self.name}.scales", dtype, (groups, n)),
+        groups = group_count(self.in_features, self.settings.group_size)
+        rules = operands(self.in_features, self.out_features, groups, self.dtype)
+        optional = {"zeros": self.zeros, "perm": self.act_order, "bias": self.bias}
+        return [
+            Entry(f"{self.name}.{leaf}", DTYPE_NAMES[dtype], shape)
+            for leaf, (dtype, shape) in rules.items()
+            if optional.get(leaf, True)
         ]
-        if self.zeros:
-            found.append(Entry(f"{self.name}.zeros", "U8", (groups, n)))
-        if self.act_order:
-            found.append(Entry(f"{self.name}.perm", "I32", (k,)))
-        if self.bias:
-            found.append(Entry(f"{self.name}.bias", dtype, (n,)))
-        return found
 
     @property
     def bytes_after(self) -> int:
@@ -148,7 +147,34 @@ def _examine_layer(
         act_order=rest.perm is not None,
         bias=rest.bias is not None,
         bytes_before=sum(info.nbytes for info in infos.values()),
+        only_zero=_only_value(rest.zeros),
     )
+
+
+def _only_value(zeros: Tensor | None) -> int | None:
+    if zeros is None:
+        return SYMMETRIC_ZERO
+    first = int(zeros[0, 0])
+    return first if bool((zeros == first).all()) else None
+
+
+def _format_problem(layers: Iterable[Layer]) -> str | None:
+    """Symmetric zero points read as the other checkpoint_format are all one off 8.
+
+    No asymmetric layer has one zero point everywhere, let alone every layer of a checkpoint.
+    """
+    for version, off, right in (
+        (1, SYMMETRIC_ZERO + 1, "gptq_v2"),
+        (2, SYMMETRIC_ZERO - 1, "gptq"),
+    ):
+        found = {(layer.settings.zeros_version, layer.only_zero) for layer in layers}
+        if found == {(version, off)}:
+            return (
+                f"checkpoint_format: every zero point of the checkpoint is {off} as the config has "
+                f"it, and 8, symmetric, with checkpoint_format {right!r}; that is probably what it "
+                f"is: set checkpoint_format to {right!r} in the config"
+            )
+    return None
 
 
 def survey(
@@ -175,6 +201,9 @@ def survey(
         except CheckpointError as error:
             problems += error.refusals
         progress(name)
+    wrong_format = _format_problem(layers.values())
+    if wrong_format:
+        problems.append(wrong_format)
     if not modules:
         problems.append("no quantized layer: no tensor is called <module>.qweight")
     if problems:

@@ -16,9 +16,11 @@ from marlin.formats.compressed_tensors import pack_compressed_tensors
 from marlin.formats.packed import (
     COMPUTE_DTYPES,
     PackedWeight,
-    cast_exactly,
+    aligned,
+    cast_bias,
     group_count,
     group_size_of,
+    operands,
 )
 
 
@@ -30,7 +32,10 @@ class MarlinLinear(PackedModule):
     The input has a gradient; the weight is frozen, so the layer has buffers and no parameters.
 
     A new layer is all zeros, to be filled by ``load_state_dict``; ``from_linear``, ``from_gptq``,
-    ``from_awq`` and ``from_compressed_tensors`` make one from weights.
+    ``from_awq`` and ``from_compressed_tensors`` make one from weights. K and N cannot be told from
+    the padded ``qweight``: a state dict, also through ``torch.save``, carries them beside the
+    tensors, and loading into a layer of other sizes is refused. A bare safetensors file does not
+    carry them; :func:`marlin.load` reads them from the checkpoint's ``config.json``.
 
     Attributes:
         qweight: int32 ``[ceil(N/64), ceil(K/64), 512]``, the packed codes.
@@ -39,14 +44,15 @@ class MarlinLinear(PackedModule):
         perm: int32 ``[K]``, packed column j multiplies input feature ``perm[j]``, or None.
         bias: ``[N]`` in the dtype of ``scales``, or None.
         group_size: 32, 64 or 128; -1 when all of a row is one group (also if K <= the size asked).
-        static_weights: see :class:`marlin._packed_module.PackedModule`.
+        static_weights: the promise to the kernel that no kernel in flight still writes the tensors
+            above, so that it may fetch them before the previous kernel ends. None, the default:
+            promised in eager mode when every tensor has the address and the version that it had
+            at the last call, and never under ``torch.compile`` and ``torch.export``. Not seen are
+            writes through ``.data``, writes by CUDA graph replays or by code that is not
+            PyTorch's, and a tensor freed and made anew at the same address between two calls: set
+            False if a kernel writes the weights in such a way. Set True if nothing writes them
+            while the model runs, for compiled graphs and layers made in inference mode.
     """
-
-    qweight: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    perm: Tensor | None
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -78,16 +84,17 @@ class MarlinLinear(PackedModule):
                 "pass one of the two"
             )
         self.in_features, self.out_features = in_features, out_features
-        n, k, groups = out_features, in_features, group_count(in_features, group_size)
-        self.group_size = group_size_of(k, groups)
-        words = (-(-n // 64), -(-k // 64), 512)
-        self._set_buffers(
-            qweight=torch.zeros(words, dtype=torch.int32, device=device),
-            scales=torch.zeros(groups, n, dtype=dtype, device=device),
-            zeros=torch.zeros(groups, n, dtype=torch.uint8, device=device) if zeros else None,
-            perm=torch.arange(k, dtype=torch.int32, device=device) if perm else None,
-            bias=torch.zeros(n, dtype=dtype, device=device) if bias else None,
-        )
+        groups = group_count(in_features, group_size)
+        self.group_size = group_size_of(in_features, groups)
+        absent = {"zeros": not zeros, "perm": not perm, "bias": not bias}
+        rules = operands(in_features, out_features, groups, dtype)
+        tensors = {
+            name: None if absent.get(name) else torch.zeros(shape, dtype=kind, device=device)
+            for name, (kind, shape) in rules.items()
+        }
+        if perm:
+            tensors["perm"] = torch.arange(in_features, dtype=torch.int32, device=device)
+        self._set_buffers(**tensors)
 
     @classmethod
     def from_packed(
@@ -101,7 +108,9 @@ class MarlinLinear(PackedModule):
         in_features: int,
         out_features: int,
     ) -> MarlinLinear:
-        """A layer around packed tensors (shared, not copied); shapes as in the class attributes.
+        """A layer around packed tensors; shapes as in the class attributes.
+
+        They are shared; one that is not at a 16-byte boundary, which the kernels need, is copied.
 
         Raises:
             ValueError: a tensor has another shape, device or layout, ``zeros`` exceed 15, or
@@ -110,6 +119,7 @@ class MarlinLinear(PackedModule):
         """
         tensors = {"qweight": qweight, "scales": scales, "zeros": zeros, "perm": perm, "bias": bias}
         check_operands(tensors, in_features, out_features)
+        tensors = {name: aligned(tensor) for name, tensor in tensors.items()}
         layer = cls(in_features, out_features, device="meta", dtype=scales.dtype)
         layer.group_size = group_size_of(in_features, scales.size(0))
         layer._set_buffers(**tensors)
@@ -156,7 +166,7 @@ class MarlinLinear(PackedModule):
                 dtype=dtype,
             )
         else:
-            layer = cls._from_weight(*quantize_linear(linear, group_size, symmetric, dtype))
+            layer = cls._around(quantize_linear(linear, group_size, symmetric, dtype))
         return layer.train(linear.training)
 
     @classmethod
@@ -171,6 +181,7 @@ class MarlinLinear(PackedModule):
         checkpoint_format: str = "gptq",
         sym: bool | None = None,
         zeros_carry: bool = False,
+        dtype: torch.dtype | None = None,
         layer: str = "",
     ) -> MarlinLinear:
         """A layer from GPTQ tensors, exactly; shapes in :mod:`marlin.formats.gptq`.
@@ -178,22 +189,24 @@ class MarlinLinear(PackedModule):
         Args:
             qweight: int32 ``[K/8, N]``.
             qzeros: int32 ``[G, N/8]``.
-            scales: fp16 or bf16 ``[G, N]``.
+            scales: fp16 or bf16 (or fp32, with ``dtype``) ``[G, N]``.
             g_idx: int ``[K]``, the group of each input feature; None: in order, no act-order.
             bias: ``[N]`` or None.
             checkpoint_format: ``"gptq"`` stores zero points minus one, ``"gptq_v2"`` as they are.
             sym: True refuses zero points other than 8; None and False take what is stored.
             zeros_carry: the minus one was taken from whole words, as GPTQModel does.
+            dtype: fp16 or bf16 for scales, which it must hold exactly, and for the bias, which is
+                rounded to it; None keeps that of the scales, which must hold the bias exactly.
             layer: name of the layer, for error messages.
 
         Raises:
             CheckpointError: a tensor does not fit (a ``ValueError`` that lists every reason).
             ValueError: ``checkpoint_format`` is another one.
         """
-        source = read_gptq(
-            qweight, qzeros, scales, g_idx, bias, checkpoint_format, sym, zeros_carry, layer
+        packed = read_gptq(
+            qweight, qzeros, scales, g_idx, bias, checkpoint_format, sym, zeros_carry, dtype, layer
         )
-        return cls._from_weight(*source, layer)
+        return cls._around(packed)
 
     @classmethod
     def from_awq(
@@ -203,10 +216,16 @@ class MarlinLinear(PackedModule):
         scales: Tensor,
         bias: Tensor | None = None,
         *,
+        dtype: torch.dtype | None = None,
         layer: str = "",
     ) -> MarlinLinear:
-        """A layer from AWQ "gemm" tensors, exactly; shapes and errors: ``marlin.formats.awq``."""
-        return cls._from_weight(pack_awq(qweight, qzeros, scales, layer=layer), bias, layer)
+        """A layer from AWQ "gemm" tensors, exactly; shapes and errors: ``marlin.formats.awq``.
+
+        ``dtype`` and ``layer``: as for ``from_gptq``.
+        """
+        packed = pack_awq(qweight, qzeros, scales, dtype=dtype, layer=layer)
+        bias = cast_bias(bias, packed.scales.dtype, dtype, layer)
+        return cls._around(packed._replace(bias=bias))
 
     @classmethod
     def from_compressed_tensors(
@@ -218,28 +237,42 @@ class MarlinLinear(PackedModule):
         weight_g_idx: Tensor | None = None,
         bias: Tensor | None = None,
         *,
+        dtype: torch.dtype | None = None,
         layer: str = "",
     ) -> MarlinLinear:
         """A layer from compressed-tensors ``pack-quantized`` tensors, 4-bit, exactly.
 
-        Shapes and errors: :func:`marlin.formats.compressed_tensors.pack_compressed_tensors`.
+        Shapes and errors: :func:`marlin.formats.compressed_tensors.pack_compressed_tensors`;
+        ``dtype`` and ``layer``: as for ``from_gptq``.
         """
         packed = pack_compressed_tensors(
-            weight_packed, weight_scale, weight_shape, weight_zero_point, weight_g_idx, layer=layer
+            weight_packed,
+            weight_scale,
+            weight_shape,
+            weight_zero_point,
+            weight_g_idx,
+            dtype=dtype,
+            layer=layer,
         )
-        return cls._from_weight(packed, bias, layer)
+        bias = cast_bias(bias, packed.scales.dtype, dtype, layer)
+        return cls._around(packed._replace(bias=bias))
 
     @classmethod
-    def _from_weight(
-        cls, packed: PackedWeight, bias: Tensor | None, layer: str = ""
-    ) -> MarlinLinear:
-        if bias is not None:
-            bias = cast_exactly(bias.detach(), packed.scales.dtype, layer, "bias")
-        qweight, scales, zeros, perm, k, n = packed
+    def _around(cls, packed: PackedWeight) -> MarlinLinear:
+        qweight, scales, zeros, perm, k, n, bias = packed
         return cls.from_packed(qweight, scales, zeros, perm, bias, in_features=k, out_features=n)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` ``[..., in_features]`` -> ``[..., out_features]``, in the same dtype."""
+        """``input`` ``[..., in_features]`` -> ``[..., out_features]``, in the same dtype.
+
+        Raises:
+            RuntimeError: the input has another number of features, dtype or device.
+        """
+        if input.dim() and input.size(-1) != self.in_features:  # the op knows K rounded up only
+            raise RuntimeError(
+                f"input: got {input.size(-1)} features; the layer has "
+                f"in_features={self.in_features}; pass [..., {self.in_features}]"
+            )
         buffers = self._buffers
         scales = cast(Tensor, buffers["scales"])
         if input.dtype != scales.dtype and torch.is_autocast_enabled(input.device.type):
@@ -257,28 +290,4 @@ class MarlinLinear(PackedModule):
                 buffers["bias"],
                 static_weights=self._weights_are_static(),
             ),
-        )
-
-    def dequantize(self) -> Tensor:
-        """The weight as the layer computes with it: ``[out_features, in_features]``."""
-        return cast(
-            Tensor,
-            torch.ops.marlin.dequantize(
-                self.qweight, self.scales, self.zeros, self.perm, k=self.in_features
-            ),
-        )
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits stored per weight, with scales, zeros, order and padding, without the bias."""
-        parts = (self.qweight, self.scales, self.zeros, self.perm)
-        stored = sum(8 * t.numel() * t.element_size() for t in parts if t is not None)
-        return stored / (self.in_features * self.out_features)
-
-    def extra_repr(self) -> str:
-        symmetry = "symmetric" if self.zeros is None else "asymmetric"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"group_size={self.group_size}, {symmetry}, act_order={self.perm is not None}, "
-            f"bias={self.bias is not None}, {self.bits_per_weight:.4g} bits/weight"
         )

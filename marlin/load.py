@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from marlin._computed_buffers import rebuild_computed_buffers
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.native import (
     LEAVES,
@@ -17,6 +19,8 @@ from marlin.formats.native import (
     check_values,
     packed_modules,
 )
+from marlin.linear import MarlinLinear
+from marlin.replace import reason_to_keep
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -44,6 +48,9 @@ def _module_problem(model: nn.Module, name: str, shape: PackedShape, has_bias: b
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if sizes == (None, None):
         return f"{name}: the model has a {type(module).__name__} here, want a linear layer"
+    reason = reason_to_keep(module, [model.get_submodule(name.rpartition(".")[0])])
+    if reason:
+        return f"{name}: the model's layer cannot be replaced: {reason}; load a plain model"
     if sizes != (shape.in_features, shape.out_features):
         return (
             f"{name}: the model's layer is {sizes[0]} -> {sizes[1]} features, the checkpoint's "
@@ -57,28 +64,16 @@ def _module_problem(model: nn.Module, name: str, shape: PackedShape, has_bias: b
 def _packed_layer(
     checkpoint: Checkpoint, name: str, shape: PackedShape, device: torch.device
 ) -> nn.Module:
-    from marlin.linear import MarlinLinear
-
     tensors = {
         leaf: checkpoint.read(f"{name}.{leaf}")
         for leaf in LEAVES
         if f"{name}.{leaf}" in checkpoint.tensors
     }
     check_values(name, tensors)
-    # Built on meta: the buffers are replaced, so filling them first would only cost memory.
-    layer: nn.Module = MarlinLinear(
-        shape.in_features,
-        shape.out_features,
-        group_size=shape.group_size,
-        bias="bias" in tensors,
-        zeros="zeros" in tensors,
-        perm="perm" in tensors,
-        device=torch.device("meta"),
-        dtype=tensors["scales"].dtype,
+    layer = MarlinLinear.from_packed(
+        **tensors, in_features=shape.in_features, out_features=shape.out_features
     )
-    for leaf, tensor in tensors.items():
-        _assign(layer, leaf, tensor.to(device))
-    return layer
+    return layer.to(device)
 
 
 def _assign(module: nn.Module, leaf: str, value: Tensor) -> None:
@@ -103,6 +98,35 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
             if buffer is not None and leaf not in module._non_persistent_buffers_set:
                 found[start + leaf] = (module, leaf)
     return found
+
+
+def _below_packed(
+    places: Iterable[str], tensors: Iterable[str], modules: Iterable[str]
+) -> list[str]:
+    """Tensors of layers that are replaced, in the model or the checkpoint, that have no place."""
+    replaced = tuple(f"{name}." for name in modules)
+    known = {f"{start}{leaf}" for start in replaced for leaf in (*LEAVES, "weight")}
+    return [
+        f"{name}: the {where} holds this below a layer that is replaced, and a packed layer has "
+        f"only {', '.join(LEAVES)}"
+        for where, names in (("model", places), ("checkpoint", tensors))
+        for name in names
+        if name.startswith(replaced) and name not in known
+    ]
+
+
+def _ignored(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Tensors of the checkpoint that the model computes itself, or says that it does not need.
+
+    The latter by ``_keys_to_ignore_on_load_unexpected``, regular expressions as in transformers.
+    """
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    computed = {
+        f"{prefix}.{leaf}" if prefix else leaf
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for leaf in module._non_persistent_buffers_set
+    }
+    return {name for name in names if name in computed or any(re.search(p, name) for p in patterns)}
 
 
 def _value(place: tuple[nn.Module, str]) -> Tensor:
@@ -142,35 +166,6 @@ def _load_group(
         (tensors if leaf in tensors else module._buffers)[leaf] = shared
 
 
-def _rebuild_computed_buffers(model: nn.Module) -> None:
-    """Give values to what no checkpoint holds, such as rotary frequencies, in a model from meta.
-
-    A module made of such buffers alone, that its class can build from its ``config``, is built
-    again off meta.
-    """
-    for module in model.modules():
-        names = [
-            name
-            for name, buffer in module._buffers.items()
-            if buffer is not None and buffer.is_meta
-        ]
-        names = [name for name in names if name in module._non_persistent_buffers_set]
-        config = getattr(module, "config", None)
-        if not names or config is None or any(True for _ in module.parameters()):
-            continue
-        try:
-            with torch.device("cpu"):
-                fresh = type(module)(config)
-        except Exception:  # any library's constructor; the caller reports what is left
-            continue
-        for name in names:
-            if name in fresh._buffers:
-                module._buffers[name] = fresh._buffers[name]
-        for name, value in vars(fresh).items():  # plain attributes computed from the buffers
-            if isinstance(value, Tensor) and isinstance(vars(module).get(name), Tensor):
-                setattr(module, name, value)
-
-
 def _compare_names(
     places: dict[str, tuple[nn.Module, str]], groups: list[list[str]], tensors: Iterable[str]
 ) -> list[str]:
@@ -196,6 +191,10 @@ def load(
     model may be on any device, meta included: ``device`` says where its tensors go, None keeps each
     where it is (the CPU for meta). Names that share one tensor stay tied. The match is strict.
 
+    Only plain ``nn.Linear`` layers are replaced: not subclasses, nor layers with hooks,
+    parametrizations or a forward of their own. Tensors of the checkpoint that are non-persistent
+    buffers of the model, or that its ``_keys_to_ignore_on_load_unexpected`` names, are left out.
+
     Raises :class:`~marlin.formats.checkpoint.CheckpointError` naming every module and tensor that
     is missing, unexpected, or of another shape; the model is unchanged when names or shapes do not
     match.
@@ -214,8 +213,13 @@ def load(
     replaced = tuple(f"{name}." for name in modules)
     kept = {name: place for name, place in places.items() if not name.startswith(replaced)}
     groups = _tied_groups(kept)
+    others = [name for name in checkpoint.tensors if name not in packed]
+    problems += _below_packed(places, others, modules)
+    ignored = _ignored(model, others) - kept.keys()
     problems += _compare_names(
-        kept, groups, (name for name in checkpoint.tensors if name not in packed)
+        kept,
+        groups,
+        [name for name in others if name not in ignored and not name.startswith(replaced)],
     )
     for name, place in kept.items():
         info = checkpoint.tensors.get(name)
@@ -235,13 +239,13 @@ def load(
         layer.train(old.training)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
-    _rebuild_computed_buffers(model)
-    stuck = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    stuck = rebuild_computed_buffers(model)
     if stuck:
+        names = ", ".join(f"{name} ({reason})" for name, reason in stuck.items())
         raise CheckpointError(
-            f"no values for the buffers {', '.join(stuck)}: they are computed when the model is "
-            "built, which the meta device skips; build the model with only its parameters on "
-            "meta, or on the CPU",
+            f"no values for the buffers {names}: they are computed when the model is built, which "
+            "the meta device skips; build the model with only its parameters on meta, or on the "
+            "CPU",
             where=checkpoint.directory,
         )
     if wanted is not None:

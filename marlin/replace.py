@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from marlin._replace_report import ReplacedLayer, ReplaceReport, SkippedLayer
 from marlin.formats.packed import COMPUTE_DTYPES, group_count
 from marlin.linear import MarlinLinear
+
+__all__ = ["ReplaceReport", "ReplacedLayer", "SkippedLayer", "replace_linear"]
 
 HOOKS = (
     "_forward_hooks",
@@ -24,70 +27,6 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-
-
-@dataclass(frozen=True)
-class ReplacedLayer:
-    """A layer that was replaced: its name, (out_features, in_features), and its bytes."""
-
-    name: str
-    shape: tuple[int, int]
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True)
-class SkippedLayer:
-    """A linear layer that was left as it was, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass
-class ReplaceReport:
-    """What :func:`replace_linear` did; ``print(report)`` shows it as a table."""
-
-    replaced: list[ReplacedLayer] = field(default_factory=list)
-    skipped: list[SkippedLayer] = field(default_factory=list)
-
-    @property
-    def bytes_before(self) -> int:
-        """Bytes of weight and bias of the replaced layers, before."""
-        return sum(layer.bytes_before for layer in self.replaced)
-
-    @property
-    def bytes_after(self) -> int:
-        """Bytes of all tensors of the replaced layers, after."""
-        return sum(layer.bytes_after for layer in self.replaced)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Lists, numbers and strings only: ready for ``json.dumps``."""
-        return {
-            "replaced": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.replaced],
-            "skipped": [asdict(layer) for layer in self.skipped],
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
-
-    def __str__(self) -> str:
-        rows = [("layer", "shape", "before", "after")]
-        rows += [
-            (r.name, f"{r.shape[0]} x {r.shape[1]}", _size(r.bytes_before), _size(r.bytes_after))
-            for r in self.replaced
-        ]
-        total = f"replaced {len(self.replaced)}"
-        rows.append((total, "", _size(self.bytes_before), _size(self.bytes_after)))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        ]
-        if self.skipped:
-            lines.append(f"left as they were: {len(self.skipped)}")
-            width = max(len(layer.name) for layer in self.skipped)
-            lines += [f"  {layer.name:<{width}}  {layer.reason}" for layer in self.skipped]
-        return "\n".join(line.rstrip() for line in lines)
 
 
 @dataclass
@@ -129,6 +68,8 @@ def replace_linear(
             (``"*.mlp.*"``, case-sensitive).
         filter_fn: called with (layer, full name) for what is left; False leaves the layer.
         dtype: of scales, bias and activations; None keeps fp16 or bf16, and takes fp32 to fp16.
+            The other modules keep their dtype: cast an fp32 model afterwards (or before) with
+            ``model.half()`` or ``model.to(dtype)``, or its activations will not fit.
         device: where to quantise and leave the new layers; None: where the weights are.
         progress: show a progress bar on stderr.
 
@@ -205,7 +146,8 @@ def _replace(
     for parent, attribute, _ in candidate.places:
         setattr(parent, attribute, layer)
     after = sum(_bytes(buffer) for buffer in layer.buffers())
-    return ReplacedLayer(name, (layer.out_features, layer.in_features), before, after)
+    dtypes = [str(t.dtype).removeprefix("torch.") for t in (linear.weight, layer.scales)]
+    return ReplacedLayer(name, (layer.out_features, layer.in_features), before, after, *dtypes)
 
 
 def _copy_to(linear: nn.Linear, device: torch.device | str | int) -> nn.Linear:
@@ -259,17 +201,9 @@ def _reason_to_skip(
     for pattern in patterns:
         if any(_matches(name, pattern) for _, _, name in candidate.places):
             return f"skip={pattern!r}"
-    if "parametrizations" in linear._modules:
-        return "its weight is parametrized; make it permanent with remove_parametrizations"
-    if type(linear) is not nn.Linear:
-        return f"{type(linear).__name__} is a subclass of nn.Linear and may do more than it"
-    hooks = [hook for hook in HOOKS if getattr(linear, hook, None)]
-    if hooks:
-        return f"it has hooks ({', '.join(hooks)}), which the new layer would not run"
-    if "forward" in vars(linear):
-        return "its forward was replaced on the instance (as accelerate does)"
-    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent, _, _ in candidate.places):
-        return "nn.TransformerEncoderLayer reads its weight in its fast path"
+    reason = reason_to_keep(linear, [parent for parent, _, _ in candidate.places])
+    if reason:
+        return reason
     if type(linear.weight) not in (Tensor, nn.Parameter):
         return f"its weight is a {type(linear.weight).__name__}, not a plain tensor"
     tied = [path for module, path in owners[_identity(linear.weight)] if module is not linear]
@@ -279,6 +213,23 @@ def _reason_to_skip(
         return f"its weight is {linear.weight.dtype}, not a float of 16 bits or more"
     if linear.weight.numel() == 0:
         return "its weight is empty"
+    return ""
+
+
+def reason_to_keep(layer: nn.Module, parents: Iterable[nn.Module]) -> str:
+    """Why a layer does more than its weight says, so that another cannot stand in; or empty."""
+    if "parametrizations" in layer._modules:
+        return "its weight is parametrized; make it permanent with remove_parametrizations"
+    if type(layer) not in (nn.Linear, MarlinLinear):
+        kind = "a subclass of nn.Linear" if isinstance(layer, nn.Linear) else "not an nn.Linear"
+        return f"{type(layer).__name__} is {kind} and may do more than it"
+    hooks = [hook for hook in HOOKS if getattr(layer, hook, None)]
+    if hooks:
+        return f"it has hooks ({', '.join(hooks)}), which the new layer would not run"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance (as accelerate does)"
+    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents):
+        return "nn.TransformerEncoderLayer reads its weight in its fast path"
     return ""
 
 
@@ -298,7 +249,3 @@ def _check_finite(candidate: _Candidate) -> None:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

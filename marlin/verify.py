@@ -1,7 +1,9 @@
 """Compare a converted checkpoint with the one it was made from, exactly and layer by layer.
 
 Nothing is approximate: the packed integers are unpacked and compared with the source's, and so are
-scales, zero points, the order of the features, biases, and every byte of every other tensor.
+scales, zero points, the order of the features, biases (rounded, where the conversion was asked to,
+to the dtype of the scales), and every byte of every other tensor. Files that are not tensors, such
+as a tokenizer, are not compared.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class VerifyReport:
     def equal(self) -> bool:
         return not self.mismatches
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return {**asdict(self), "equal": self.equal}
 
@@ -101,7 +103,8 @@ def _differences(
     if (bias in src.tensors) != (bias in dst.tensors):
         yield f"{name}: bias is {'missing' if bias in src.tensors else 'not in the source'}"
     elif bias in src.tensors:
-        pairs["bias"] = (dst.read(bias), src.read(bias))
+        stored = dst.read(bias)
+        pairs["bias"] = (stored, src.read(bias).to(stored.dtype))
     for leaf, (found, expected) in pairs.items():
         at = _first_difference(found, expected)
         if at is not None:
@@ -148,9 +151,15 @@ def _structure(found: Survey, dst: Checkpoint, modules: dict[str, PackedShape]) 
 
 
 def _chosen_dtype(src: Checkpoint, dst: Checkpoint) -> torch.dtype | None:
-    """The ``--dtype`` of the conversion: it matters only where the source's scales are float32."""
-    if not any(
-        info.dtype == "F32" for name, info in src.tensors.items() if name.endswith(".scales")
+    """The ``--dtype`` of the conversion: it matters only where the source's scales are float32, or
+    a bias has another dtype than they.
+    """
+    scales = {
+        n.rpartition(".")[0]: t.dtype for n, t in src.tensors.items() if n.endswith(".scales")
+    }
+    biases = {f"{name}.bias": dtype for name, dtype in scales.items()}
+    if "F32" not in scales.values() and not any(
+        name in src.tensors and src.tensors[name].dtype != dtype for name, dtype in biases.items()
     ):
         return None
     stored = {info.torch_dtype for name, info in dst.tensors.items() if name.endswith(".scales")}

@@ -78,7 +78,9 @@ class TestConvert:
         write_checkpoint(tmp_path / "f32", {"a.b": layer})
         arguments = ["convert", str(tmp_path / "f32"), str(tmp_path / "dst")]
         assert main(arguments) == 2
-        assert "--dtype float16" in capsys.readouterr().err
+        assert capsys.readouterr().err.endswith(
+            "marlin: on the command line: --dtype float16 or --dtype bfloat16\n"
+        )
         assert main([*arguments, "--dtype", "float16"]) == 0
 
     def test_existing_destination(
@@ -136,7 +138,7 @@ class TestVerify:
         assert main(["verify", str(converted), "--against", str(source)]) == 0
         out, err = capsys.readouterr()
         assert out.count(" equal\n") == 3
-        assert "holds exactly what" in out
+        assert "other files are not compared" in out
         assert err == ""
 
     def test_different(
@@ -191,22 +193,43 @@ class TestPlan:
         assert inspect == [(1, 64, 128, options), (16, 64, 128, options)]
 
     def test_json(self, inspect: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(shlex.split("plan --m 3 --n 64 --k 128 --group-size 32 --json")) == 0
+        assert (
+            main(shlex.split("plan --m 3 --n 64 --k 128 --group-size 32 --sm 90 --sms 132 --json"))
+            == 0
+        )
         (plan,) = json.loads(capsys.readouterr().out)
         assert (plan["m"], plan["kernel"]["stages"], plan["blocks"]) == (3, 4, 8)
-        assert inspect == [(3, 64, 128, {"group_size": 32, "bf16": False})]
+        assert inspect == [(3, 64, 128, {"group_size": 32, "bf16": False, "sm": 90, "sms": 132})]
 
     def test_refused(
         self, inspect: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["plan", "--m", "3", "--n", "63", "--k", "128"]) == 2
+        assert main(shlex.split("plan --m 3 --n 63 --k 128 --sm 90 --sms 132")) == 2
         assert capsys.readouterr().err == "marlin: plan: n must be even\n"
+
+    @pytest.mark.parametrize("size", ["99999999999999999999", "0", "-1", "2147483648", "x", "²"])
+    @pytest.mark.parametrize("name", ["m", "n", "k", "sm", "sms"])
+    def test_size_out_of_range(
+        self, name: str, size: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        sizes = {"m": "1", "n": "64", "k": "64", name: size}
+        with pytest.raises(SystemExit) as caught:
+            main(["plan", *(f"--{key}={value}" for key, value in sizes.items())])
+        assert caught.value.code == 2
+        assert f"--{name}: {size!r} is not a" in capsys.readouterr().err
+
+    def test_without_a_gpu_one_must_be_named(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main(shlex.split("plan --m 1 --n 64 --k 64 --sm 90")) == 2
+        assert "--sm 90 --sms 132" in capsys.readouterr().err
 
     def test_module_missing(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "marlin._inspect", None)
-        assert main(["plan", "--m", "1", "--n", "64", "--k", "64"]) == 1
+        assert main(shlex.split("plan --m 1 --n 64 --k 64 --sm 90 --sms 132")) == 1
         assert "needs the compiled module marlin._inspect" in capsys.readouterr().err
 
     def test_the_real_module(self, capsys: pytest.CaptureFixture[str]) -> None:

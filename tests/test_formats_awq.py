@@ -130,6 +130,18 @@ def test_every_problem_is_listed() -> None:
     assert len(caught.value.refusals) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype(dtype: torch.dtype) -> None:
+    tensors, _ = awq_tensors(64, 128, 64)
+    tensors["scales"] = tensors["scales"].to(dtype).float()
+    bias = torch.full((64,), 0.1)
+    with pytest.raises(CheckpointError, match=r"scales: got float32.*pass dtype="):
+        MarlinLinear.from_awq(**tensors, bias=bias)
+    layer = MarlinLinear.from_awq(**tensors, bias=bias, dtype=dtype)
+    assert torch.equal(layer.scales, tensors["scales"].to(dtype))
+    assert torch.equal(layer.bias, bias.to(dtype))
+
+
 def test_bias_must_fit() -> None:
     tensors, _ = awq_tensors(64, 128, 64)
     with pytest.raises(ValueError, match=r"bias: got float16 \[63\]"):

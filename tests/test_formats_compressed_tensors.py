@@ -160,6 +160,18 @@ def test_refused_tensors(changes: dict[str, Any], parts: tuple[str, ...]) -> Non
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype(dtype: torch.dtype) -> None:
+    tensors, _ = make_tensors(64, 128, 64, dtype=dtype)
+    scales = tensors["weight_scale"]
+    tensors["weight_scale"], bias = scales.float(), torch.full((64,), 0.1)
+    with pytest.raises(CheckpointError, match=r"weight_scale: got float32.*pass dtype="):
+        MarlinLinear.from_compressed_tensors(**tensors, bias=bias)
+    layer = MarlinLinear.from_compressed_tensors(**tensors, bias=bias, dtype=dtype)
+    assert torch.equal(layer.scales, scales.T)
+    assert torch.equal(layer.bias, bias.to(dtype))
+
+
 def test_bias_must_fit() -> None:
     tensors, _ = make_tensors(64, 128, 64, dtype=torch.float16)
     with pytest.raises(CheckpointError, match=r"v: bias: got .* exactly"):

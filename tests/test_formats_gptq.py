@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.gptq import (
     GptqSettings,
-    PackedLinear,
     group_order,
     pack_linear,
     parse_gptq_config,
@@ -22,15 +21,16 @@ from marlin.formats.gptq import (
     unpack_zeros,
     zeros_are_ambiguous,
 )
+from marlin.formats.packed import PackedWeight
 
 
-def pack(layer: GptqLayer, version: int = 1, **changes: Any) -> PackedLinear:
+def pack(layer: GptqLayer, version: int = 1, **changes: Any) -> PackedWeight:
     tensors = {"bias": None, **gptq_tensors(layer, version)}
     settings = GptqSettings(layer.group_size, None, version)
     return pack_linear(**{**tensors, "settings": settings, **changes})  # type: ignore[arg-type]
 
 
-def weight(packed: PackedLinear, k: int) -> torch.Tensor:
+def weight(packed: PackedWeight, k: int) -> torch.Tensor:
     return reference.dequantize64(packed.qweight, packed.scales, packed.zeros, packed.perm, k)
 
 

@@ -267,7 +267,8 @@ CASES: dict[str, tuple[Damage, str]] = {
     "sym as text": (config(sym="yes"), "sym is 'yes'"),
     "awq": (config(quant_method="awq"), "quant_method is 'awq'"),
     "awq by its keys": (config(quant_method=None, zero_point=True), "AWQ's keys"),
-    "marlin method": (config(quant_method="marlin"), "own format already"),
+    "marlin method": (config(quant_method="marlin"), "original Marlin kernel"),
+    "own method": (config(quant_method="marlin", format_version=1), "own format already"),
     "method is a list": (config(quant_method=["gptq"]), "not a name"),
     "marlin format": (config(checkpoint_format="marlin"), "original Marlin kernel"),
     "is_marlin_format": (config(is_marlin_format=True), "is_marlin_format is True"),
@@ -428,16 +429,33 @@ def test_source_is_no_folder(tmp_path: Path, source: str) -> None:
         convert(tmp_path / source, tmp_path / "dst", progress=False)
 
 
-@pytest.mark.parametrize("member", ["qzeros", "scales"])
-def test_layer_excluded_by_a_leading_minus_is_copied(tmp_path: Path, member: str) -> None:
+@pytest.mark.parametrize("excluded_first", [True, False])
+def test_layer_excluded_by_a_leading_minus_is_copied(tmp_path: Path, excluded_first: bool) -> None:
     """A rule that excludes goes first, wherever it stands; the module's plain weight is kept."""
-    rules = {".*": {"bits": 4}, "-:head": {}}
+    rules: dict[str, Any] = {"-:head": {}, ".*": {"bits": 4}}
+    rules = rules if excluded_first else dict(reversed(rules.items()))
     others = {"head.weight": torch.randn(8, 8), "head.scales": torch.ones(3)}
     layers = {"a.b": make_layer(64, 64)}
     write_checkpoint(tmp_path / "src", layers, config=gptq_config(dynamic=rules), others=others)
     report = convert(tmp_path / "src", tmp_path / "dst", progress=False)
     assert [layer.name for layer in report.layers] == ["a.b"]
     assert report.other_tensors == 2
+
+
+@pytest.mark.parametrize("sym", [False, None])
+@pytest.mark.parametrize(("claimed", "right"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
+def test_symmetric_zeros_of_the_other_format(
+    tmp_path: Path, sym: bool | None, claimed: str, right: str
+) -> None:
+    layers = {"a.b": make_layer(64, 64), "a.c": make_layer(96, 64)}
+    config = gptq_config(sym=sym, checkpoint_format=claimed)
+    version = 1 if right == "gptq" else 2
+    write_checkpoint(tmp_path / "src", layers, config=config, version=version)
+    with pytest.raises(CheckpointError, match=rf"checkpoint_format: every .* to '{right}' in"):
+        convert(tmp_path / "src", tmp_path / "dst", progress=False)
+    layers["a.c"].zeros[1, 5] = 3  # one other zero point, and it is what it says
+    write_checkpoint(tmp_path / "other", layers, config=config, version=version)
+    convert(tmp_path / "other", tmp_path / "dst", progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -61,13 +61,30 @@ def test_gradient_of_the_input(device: str) -> None:
     reference.assert_close(x.grad, upstream, layer.dequantize().double().T)
 
 
-def test_compile_and_export() -> None:
+@pytest.mark.parametrize("features", [193, 199, 201, 256])
+def test_another_number_of_features_is_refused(device: str, features: int) -> None:
+    """The op pads K to 256 here, and could not tell."""
+    with pytest.raises(RuntimeError) as caught:
+        make_layer(device=device)(torch.randn(2, features, device=device).half())
+    assert_message(caught.value, f"input: got {features} features", "in_features=200", "[..., 200]")
+
+
+def test_compile() -> None:
     layer = make_layer(bias=True, perm=True)
     x = make_input(3, 200, dtype=torch.float16)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), layer(x))
-    for one in (layer, make_layer(bias=True), nn.Sequential(make_layer(zeros=True, bias=True))):
-        exported = torch.export.export(one, (x,))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("perm", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_export(zeros: bool, perm: bool, bias: bool) -> None:
+    layer = make_layer(zeros=zeros, perm=perm, bias=bias)
+    x = make_input(3, 200, dtype=torch.float16)
+    rows = {0: torch.export.Dim("rows", min=1, max=64)}
+    for one in (layer, nn.Sequential(layer)):
+        exported = torch.export.export(one, (x,), dynamic_shapes=(rows,))
         assert torch.equal(exported.module()(x), one(x))
 
 
@@ -201,6 +218,38 @@ def test_from_gptq(
         del tensors["g_idx"]
         again = MarlinLinear.from_gptq(**tensors, bias=bias, checkpoint_format=checkpoint_format)
         assert_same(again, layer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_gptq_in_another_dtype(dtype: torch.dtype) -> None:
+    tensors, _ = gptq_tensors(72, 200, 128, act_order=False, zeros=True, version=1)
+    tensors["scales"] = tensors["scales"].to(dtype).float()
+    bias = torch.full((72,), 0.1)
+    with pytest.raises(ValueError, match=r"scales: got float32.*pass dtype=torch\.float16 or"):
+        MarlinLinear.from_gptq(**tensors, bias=bias)
+    layer = MarlinLinear.from_gptq(**tensors, bias=bias, dtype=dtype)
+    assert torch.equal(layer.scales, tensors["scales"].to(dtype))
+    assert torch.equal(layer.bias, bias.to(dtype))
+    tensors["scales"] = tensors["scales"].to(dtype)
+    with pytest.raises(ValueError, match=rf"bias: got 0\.1.*pass dtype={dtype} to round the bias"):
+        MarlinLinear.from_gptq(**tensors, bias=bias)
+    assert_same(MarlinLinear.from_gptq(**tensors, bias=bias, dtype=dtype), layer)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"qweight": torch.tensor(3, dtype=torch.int32)}, r"v: qweight: got int32 \[\].*8, out_"),
+        ({"scales": torch.tensor(1.0)}, r"v: scales: got float32 \[\].*\[groups, out_features\]"),
+        ({"qzeros": torch.tensor(3, dtype=torch.int32)}, r"v: qzeros has shape \[\]"),
+        ({"g_idx": torch.empty(200, device="meta")}, r"v: g_idx: got a meta tensor.*load it"),
+        ({"qweight": torch.empty(25, 72, device="meta")}, r"v: qweight: got a meta tensor"),
+    ],
+)
+def test_from_gptq_refuses_what_is_not_a_matrix(change: dict[str, Tensor], reason: str) -> None:
+    tensors, _ = gptq_tensors(72, 200, 128, act_order=False, zeros=True, version=1)
+    with pytest.raises(ValueError, match=reason):
+        MarlinLinear.from_gptq(**{**tensors, **change}, layer="v")
 
 
 def test_from_gptq_refuses() -> None:

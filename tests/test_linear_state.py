@@ -109,6 +109,49 @@ def test_cast_beyond_the_range_is_refused() -> None:
     assert layer.scales.dtype == torch.bfloat16
 
 
+def test_cast_of_scales_to_zero_is_refused() -> None:
+    layer = make_layer(dtype=torch.bfloat16)
+    layer.scales[0, 0] = 1e-9
+    with pytest.raises(ValueError, match=r"scales down to 9.9.*e-10, which become 0"):
+        layer.half()
+    layer.scales[0, 0] = 0
+    assert layer.half().scales[0, 0] == 0
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_state_of_another_number_of_features(assign: bool, tmp_path: Path) -> None:
+    """250 and 200 features are padded to the same tensors."""
+    wide, layer = make_layer(k=250), make_layer()
+    assert wide.qweight.shape == layer.qweight.shape
+    torch.save(nn.ModuleDict({"q_proj": wide}).state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert set(state) == {"q_proj.qweight", "q_proj.scales"}
+    with pytest.raises(RuntimeError) as caught:
+        nn.ModuleDict({"q_proj": layer}).load_state_dict(state, assign=assign)
+    assert_message(caught.value, "q_proj: got the state of a layer with in_features=250",
+                   "this one has 200 and 72")  # fmt: skip
+    assert_same(layer, make_layer())
+    nn.ModuleDict({"q_proj": make_layer(k=250)}).load_state_dict(state, assign=assign)
+    layer.load_state_dict(dict(make_layer().state_dict()))  # a plain dict says nothing of it
+
+
+def test_misaligned_tensors_are_copied() -> None:
+    """As a file mapped into memory gives them."""
+    whole = make_layer(bias=True)
+    shifted = {}
+    for name, tensor in whole.state_dict().items():
+        memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        shifted[name] = memory[1:].view_as(tensor).copy_(tensor)
+        assert shifted[name].data_ptr() % 16
+    loaded = MarlinLinear(200, 72, group_size=64, device="meta")
+    loaded.load_state_dict(shifted, assign=True)
+    made = MarlinLinear.from_packed(**shifted, in_features=200, out_features=72)
+    for layer in (loaded, made):
+        assert_same(layer, whole)
+        assert all(buffer.data_ptr() % 16 == 0 for buffer in layer.buffers())
+        assert layer(torch.randn(2, 200).half()).shape == (2, 72)
+
+
 @pytest.mark.parametrize("key", ["zeros", "perm", "bias"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_optional_buffer_in_one_place_only(key: str, strict: bool) -> None:
@@ -155,10 +198,21 @@ def test_state_dict_of_another_float_dtype() -> None:
         layer.load_state_dict(state, assign=True)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("key", "other"), [("scales", "qweight"), ("qweight", "scales")])
+def test_half_a_layer_is_refused_before_it_is_copied(key: str, other: str, strict: bool) -> None:
+    layer, before = make_layer(), make_layer()
+    state = {name: tensor + 1 for name, tensor in layer.state_dict().items()}
+    del state[key]
+    with pytest.raises(RuntimeError, match=f"got '{other}' without '{key}'"):
+        layer.load_state_dict(state, strict=strict)
+    assert_same(layer, before)
+
+
 def test_missing_and_unexpected_keys_are_torchs_own() -> None:
-    layer = make_layer()
+    layer = make_layer(bias=True)
     state = layer.state_dict()
-    del state["scales"]
-    with pytest.raises(RuntimeError, match=re.escape('Missing key(s) in state_dict: "scales"')):
-        layer.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=re.escape('Unexpected key(s) in state_dict: "more"')):
+        layer.load_state_dict({**state, "more": torch.zeros(1)})
+    layer = make_layer()
     assert layer.load_state_dict({}, strict=False).missing_keys == ["qweight", "scales"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,14 @@ from checkpoints import (
     write_tensors,
 )
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from marlin.convert import convert
 from marlin.formats.checkpoint import CheckpointError
+
+
+class Special(nn.Linear):
+    pass
 
 
 class Tiny(nn.Module):
@@ -85,6 +91,63 @@ class TestLoad:
         assert "model.norm.weight: the checkpoint's shape is [64], the model's [65]" in text
         assert {name: id(module) for name, module in model.named_modules()} == before
 
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda layer: layer.register_forward_hook(print), "it has hooks"),
+            (lambda layer: setattr(layer, "forward", print), "its forward was replaced"),
+            (weight_norm, "its weight is parametrized"),
+            (lambda layer: setattr(layer, "__class__", Special), "Special is a subclass"),
+        ],
+        ids=["hook", "forward", "parametrized", "subclass"],
+    )
+    def test_layers_that_do_more_are_not_replaced(
+        self, converted: Source, change: Callable[[nn.Linear], object], reason: str
+    ) -> None:
+        from marlin.load import load
+
+        model = Tiny()
+        change(model.model.layers[0].down)
+        with pytest.raises(CheckpointError, match=rf"0\.down: .*cannot be replaced: {reason}"):
+            load(model, converted.directory)
+
+    def test_layers_loaded_before_are_replaced_again(self, converted: Source) -> None:
+        from marlin.load import load
+
+        model = load(Tiny(), converted.directory)
+        first = model.model.layers[0].down
+        load(model, converted.directory)
+        assert model.model.layers[0].down is not first
+        assert torch.equal(model.model.layers[0].down.qweight, first.qweight)
+
+    def test_tensors_below_a_packed_layer(self, converted: Source) -> None:
+        from marlin.load import load
+
+        model = Tiny()
+        model.model.layers[0].down.adapter = nn.Linear(96, 2, bias=False)
+        tensors = read_all(converted.directory)
+        write_tensors(converted.directory, {**tensors, "model.layers.1.up.g": torch.zeros(2)})
+        with pytest.raises(CheckpointError) as caught:
+            load(model, converted.directory)
+        below = "holds this below a layer that is replaced, and a packed layer has only qweight"
+        one, other = caught.value.refusals
+        assert one.startswith(f"model.layers.0.down.adapter.weight: the model {below}")
+        assert other.startswith(f"model.layers.1.up.g: the checkpoint {below}")
+
+    def test_tensors_that_the_model_does_not_need(self, converted: Source) -> None:
+        from marlin.load import load
+
+        extra = {"model.angles": torch.zeros(4), "model.layers.9.old.masked_bias": torch.zeros(1)}
+        write_tensors(converted.directory, {**read_all(converted.directory), **extra})
+        model = Tiny()
+        with pytest.raises(CheckpointError) as caught:
+            load(model, converted.directory)
+        assert [text.split(":")[0] for text in caught.value.refusals] == list(extra)
+        model.model.register_buffer("angles", torch.arange(4.0), persistent=False)
+        model._keys_to_ignore_on_load_unexpected = [r"\.masked_bias$"]
+        load(model, converted.directory)
+        assert torch.equal(model.model.angles, torch.arange(4.0))
+
     def test_refuses_the_source(self, tmp_path: Path) -> None:
         from marlin.load import load
 
@@ -115,6 +178,34 @@ class TestLoad:
             model.rotary = Rotary(4)
         load(model, converted.directory)
         assert torch.equal(model.rotary.angles, torch.arange(4.0))
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({}, "Rotary is not built from its config alone"),
+            ({"scale": 1}, r"Rotary\(config\) makes float32 \[4\], the model's is float32 \[5\]"),
+            ({"scale": 0, "dtype": torch.float16}, r".*float32 \[4\], .* is float16 \[4\]"),
+        ],
+    )
+    def test_computed_buffers_of_another_kind(
+        self, converted: Source, change: dict[str, object], reason: str
+    ) -> None:
+        from marlin.load import load
+
+        class Rotary(nn.Module):
+            def __init__(self, config: int, scale: int, dtype: torch.dtype | None = None) -> None:
+                super().__init__()
+                self.config = config
+                angles = torch.arange(float(config + scale), dtype=dtype)
+                self.register_buffer("angles", angles, persistent=False)
+
+        if change:
+            Rotary.__init__.__defaults__ = (0, None)
+        with torch.device("meta"):
+            model = Tiny()
+            model.rotary = Rotary(4, **{"scale": 1, **change})
+        with pytest.raises(CheckpointError, match=rf"buffers rotary\.angles \({reason}"):
+            load(model, converted.directory)
 
     @pytest.mark.parametrize(
         ("leaf", "value", "reason"),

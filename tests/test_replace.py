@@ -245,9 +245,17 @@ def test_meta_model_is_replaced_by_meta_layers() -> None:
 
 @pytest.mark.parametrize("make_dtype", [None, torch.bfloat16])
 def test_float32_model(make_dtype: torch.dtype | None) -> None:
-    model = Model()
-    replace_linear(model, dtype=make_dtype)
-    assert model.get_submodule(PROJECTIONS[0]).scales.dtype == (make_dtype or torch.float16)
+    model, tokens = Model(), torch.arange(12).view(2, 6)
+    before = model(tokens)
+    report = replace_linear(model, dtype=make_dtype)
+    dtype = make_dtype or torch.float16
+    assert model.get_submodule(PROJECTIONS[0]).scales.dtype == dtype
+    assert {layer.dtype_before for layer in report.replaced} == {"float32"}
+    assert f"the rest of the model, too, with model.to({dtype})" in str(report)
+    with pytest.raises(RuntimeError, match=r"input|scales"):
+        model(tokens)
+    after = model.to(dtype)(tokens).float()
+    assert torch.nn.functional.cosine_similarity(after, before, dim=-1).min() > 0.98
 
 
 @pytest.mark.gpu

@@ -69,6 +69,36 @@ def test_promise_can_be_set_by_hand() -> None:
     assert promises(layer) == [True, True]
 
 
+@pytest.mark.parametrize("promise", [None, True])
+def test_compiled_and_exported_graphs_promise_only_if_told(promise: bool | None) -> None:
+    layer, x = make_layer(), torch.randn(2, 200).half()
+    layer.static_weights = promise
+    promises(layer)
+    found = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        found.extend(node.kwargs for node in graph.graph.nodes if "gemm" in str(node.target))
+        return graph
+
+    torch.compile(layer, fullgraph=True, backend=backend)(x)
+    exported = torch.export.export(layer, (x,)).graph
+    found += [node.kwargs for node in exported.nodes if "gemm" in str(node.target)]
+    assert [bool(kwargs.get("static_weights")) for kwargs in found] == [bool(promise)] * 2
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_tensors_can_be_swapped(assign: bool) -> None:
+    layer = make_layer(bias=True)
+    promises(layer)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.load_state_dict(make_layer(bias=True).state_dict(), assign=assign)
+        layer.bfloat16()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert promises(layer) == [False, True]
+
+
 def test_watch_keeps_no_tensor_alive() -> None:
     layer = make_layer()
     promises(layer)

@@ -8,8 +8,9 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#define MARLIN_SM90_DECODE(tokens, row_tiles, splits, stage_blocks, least_tiles, reason) \
-  DecodeKernel{0, DecodeTile{tokens, row_tiles, splits, stage_blocks}, least_tiles, reason},
+#define MARLIN_SM90_DECODE(tokens, row_tiles, splits, stage_blocks, least_tiles, least_k, reason) \
+  DecodeKernel{0, DecodeTile{tokens, row_tiles, splits, stage_blocks}, least_tiles, least_k,      \
+               reason},
 
 auto numbered_table() {
   auto table = std::to_array<DecodeKernel>({
@@ -60,7 +61,7 @@ std::optional<DecodePlan> select_decode(const Problem& problem) {
   if (!problem.device.wgmma) return std::nullopt;
   for (const DecodeKernel& kernel : decode_kernels()) {
     const bool enough_tiles = ceil_div(problem.n, kernel.tile.rows()) >= kernel.least_tiles;
-    if (kernel.tile.tokens < problem.m || !enough_tiles) continue;
+    if (kernel.tile.tokens < problem.m || !enough_tiles || problem.k < kernel.least_k) continue;
     return decode_plan_with(kernel, cluster_for(kernel.tile, problem), problem);
   }
   return std::nullopt;

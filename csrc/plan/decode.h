@@ -52,7 +52,8 @@ struct DecodeTile {
 struct DecodeKernel {
   int id;  // its place in the table
   DecodeTile tile;
-  int least_tiles;  // of a layer, for this kernel to be taken
+  int least_tiles;  // of a layer, and
+  int least_k;      // its input features, for this kernel to be taken
   const char* reason;
   std::string name() const;
 };

@@ -7,6 +7,18 @@ from collections.abc import Sequence
 SHOWN_REFUSALS = 40
 
 
+class Refusal(str):
+    """A reason for a refusal, with the command-line option that lifts it."""
+
+    __slots__ = ("option",)
+    option: str
+
+    def __new__(cls, reason: str, *, option: str) -> Refusal:
+        made = super().__new__(cls, reason)
+        made.option = option
+        return made
+
+
 class CheckpointError(ValueError):
     """A checkpoint was refused. ``refusals`` lists every reason found, not only the first."""
 
@@ -23,3 +35,8 @@ class CheckpointError(ValueError):
                 shown.append(f"  - and {len(self.refusals) - SHOWN_REFUSALS} more")
             message = f"{prefix}{len(self.refusals)} problems\n" + "\n".join(shown)
         super().__init__(message)
+
+    @property
+    def options(self) -> list[str]:
+        """Command-line options that lift some of the reasons."""
+        return sorted({reason.option for reason in self.refusals if isinstance(reason, Refusal)})

@@ -17,12 +17,18 @@ from torch import Tensor
 
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.gptq_config import GptqConfig, GptqSettings, parse_gptq_config
-from marlin.formats.packed import COMPUTE_DTYPES, SYMMETRIC_ZERO, cast_exactly, group_count
+from marlin.formats.packed import (
+    COMPUTE_DTYPES,
+    SYMMETRIC_ZERO,
+    PackedWeight,
+    cast_bias,
+    cast_exactly,
+    group_count,
+)
 
 __all__ = [
     "GptqConfig",
     "GptqSettings",
-    "PackedLinear",
     "Parameters",
     "TensorSpec",
     "group_order",
@@ -53,20 +59,6 @@ class Parameters:
     are in the order of their groups; bias [N] or None.
     """
 
-    scales: Tensor
-    zeros: Tensor | None
-    perm: Tensor | None
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class PackedLinear:
-    """A layer as the kernels take it.
-
-    ``qweight`` int32 [ceil(N/64), ceil(K/64), 512]; the rest is that of :class:`Parameters`.
-    """
-
-    qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
     perm: Tensor | None
@@ -198,8 +190,9 @@ def read_parameters(
     """Check and decode all of a layer but its weight.
 
     The dtypes and shapes must have passed :func:`layout_problems`.
-    ``dtype`` asks for float16 or bfloat16 scales and bias; values that it cannot hold exactly are
-    refused. Raises :class:`CheckpointError` listing all that is wrong, by layer, group and column.
+    ``dtype`` asks for float16 or bfloat16 scales, refused unless it holds them exactly, and for a
+    bias rounded to it; None keeps that of the scales, which must hold the bias exactly. Raises
+    :class:`CheckpointError` listing all that is wrong, by layer, group and column.
     """
     problems: list[str] = []
     perm = zeros = kept_bias = None
@@ -222,8 +215,7 @@ def read_parameters(
             )
     try:
         kept = cast_exactly(scales, dtype, name, "scales")
-        if bias is not None:
-            kept_bias = cast_exactly(bias, kept.dtype, name, "bias")
+        kept_bias = cast_bias(bias, kept.dtype, dtype, name)
     except CheckpointError as error:
         problems += error.refusals
     if problems:
@@ -241,7 +233,7 @@ def pack_linear(
     *,
     dtype: torch.dtype | None = None,
     name: str = "layer",
-) -> PackedLinear:
+) -> PackedWeight:
     """Convert one GPTQ layer, on the CPU: weights, scales, zeros and bias keep their values.
 
     Shapes and dtypes are those of this module's description. Raises :class:`CheckpointError` with
@@ -256,4 +248,5 @@ def pack_linear(
         raise CheckpointError(problems)
     rest = read_parameters(name, qzeros, scales, g_idx, bias, settings, dtype)
     packed: Tensor = torch.ops.marlin.repack_gptq(qweight.contiguous(), rest.perm)
-    return PackedLinear(packed, rest.scales, rest.zeros, rest.perm, rest.bias)
+    words, n = qweight.shape
+    return PackedWeight(packed, rest.scales, rest.zeros, rest.perm, 8 * words, n, rest.bias)

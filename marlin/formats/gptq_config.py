@@ -26,6 +26,7 @@ ALIASES = {
     "dynamic": ("dynamic",),
     "lm_head": ("lm_head",),
     "is_marlin_format": ("is_marlin_format",),
+    "format_version": ("format_version",),
 }
 OTHER_FORMATS = {
     "gptq_p": "the planar packing of GPTQModel",
@@ -44,7 +45,7 @@ OTHER_FORMATS = {
 }
 OTHER_METHODS = {
     "awq": "AWQ packs along the output features",
-    "marlin": "it is in this package's own format already",
+    "marlin": OTHER_FORMATS["marlin"],  # without a format_version, which this package's own has
     "compressed-tensors": "compressed-tensors has its own layout",
 }
 
@@ -110,6 +111,8 @@ def _settings(values: Mapping[str, Any], carry: bool, where: str) -> tuple[GptqS
         reason = (
             OTHER_METHODS.get(method, "unknown here") if isinstance(method, str) else "not a name"
         )
+        if method == "marlin" and "format_version" in values:
+            reason = "it is in this package's own format already"
         problems.append(f"{where}: quant_method is {method!r} ({reason}); only gptq is converted")
     packing = values.get("checkpoint_format", "gptq")
     if packing not in ("gptq", "gptq_v2"):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
+from marlin.formats.container import DTYPE_NAMES
 from marlin.formats.gptq_config import GROUP_SIZES
-from marlin.formats.packed import COMPUTE_DTYPES, group_count
+from marlin.formats.packed import COMPUTE_DTYPES, group_count, operands
 
 FORMAT_VERSION = 1
 LEAVES = ("qweight", "scales", "zeros", "perm", "bias")
@@ -56,6 +57,12 @@ def packed_modules(config: Mapping[str, Any]) -> dict[str, PackedShape]:
             f"config.json: quantization_config.quant_method is {method!r}, not 'marlin': convert "
             "the checkpoint with `marlin convert` first"
         )
+    if "format_version" not in inner:
+        raise CheckpointError(
+            "config.json: quantization_config.quant_method is 'marlin' without a format_version: "
+            "this is the packing of the original Marlin kernel, not this package's; convert the "
+            "GPTQ checkpoint that it was made from with `marlin convert`"
+        )
     problems: list[str] = []
     if inner.get("format_version") != FORMAT_VERSION:
         problems.append(
@@ -92,24 +99,20 @@ def check_packed_tensors(checkpoint: Checkpoint, modules: Mapping[str, PackedSha
     """
     problems: list[str] = []
     for name, shape in modules.items():
-        k, n = shape.in_features, shape.out_features
-        groups = group_count(k, shape.group_size)
-        wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
-            "qweight": ((torch.int32,), (-(-n // 64), -(-k // 64), 512)),
-            "scales": (COMPUTE_DTYPES, (groups, n)),
-            "zeros": ((torch.uint8,), (groups, n)),
-            "perm": ((torch.int32,), (k,)),
-            "bias": (COMPUTE_DTYPES, (n,)),
-        }
-        for leaf, (dtypes, want) in wanted.items():
+        groups = group_count(shape.in_features, shape.group_size)
+        scales = checkpoint.tensors.get(f"{name}.scales")
+        stored = None if scales is None else scales.torch_dtype
+        dtype = stored if stored in COMPUTE_DTYPES else torch.float16
+        wanted = operands(shape.in_features, shape.out_features, groups, dtype)
+        for leaf, (kind, want) in wanted.items():
             info = checkpoint.tensors.get(f"{name}.{leaf}")
             if info is None:
                 if leaf in ("qweight", "scales"):
                     problems.append(f"{name}: {leaf} is missing")
-            elif info.shape != want or info.torch_dtype not in dtypes:
+            elif (info.torch_dtype, info.shape) != (kind, want):
                 problems.append(
-                    f"{name}: {leaf} is {info.dtype} {list(info.shape)}, want {list(want)} for "
-                    f"{shape}"
+                    f"{name}: {leaf} is {info.dtype} {list(info.shape)}, want {DTYPE_NAMES[kind]} "
+                    f"{list(want)} for {shape}"
                 )
     for name in checkpoint.tensors:
         module, _, leaf = name.rpartition(".")

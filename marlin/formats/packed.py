@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from marlin.formats.checkpoint import CheckpointError
+from marlin.formats.errors import Refusal
 
 GROUP_SIZES = (32, 64, 128)
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16)
 SYMMETRIC_ZERO = 8
+ALIGNMENT = 16  # bytes
 
 
 class PackedWeight(NamedTuple):
@@ -19,7 +21,8 @@ class PackedWeight(NamedTuple):
 
     ``qweight`` int32 ``[ceil(N/64), ceil(K/64), 512]``; ``scales`` fp16 or bf16 ``[G, N]``;
     ``zeros`` uint8 ``[G, N]``, true zero points 0..15, or None (symmetric: 8 everywhere);
-    ``perm`` int32 ``[K]``, packed column j multiplies input feature ``perm[j]``, or None.
+    ``perm`` int32 ``[K]``, packed column j multiplies input feature ``perm[j]``, or None;
+    ``bias`` ``[N]`` in the dtype of the scales, or None.
     K is ``in_features``, N is ``out_features``, G the number of groups.
     """
 
@@ -29,6 +32,31 @@ class PackedWeight(NamedTuple):
     perm: Tensor | None
     in_features: int
     out_features: int
+    bias: Tensor | None = None
+
+
+def operands(
+    in_features: int, out_features: int, groups: int, dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every tensor that a packed layer may have; ``dtype`` is of its scales."""
+    k, n = in_features, out_features
+    return {
+        "qweight": (torch.int32, (-(-n // 64), -(-k // 64), 512)),
+        "scales": (dtype, (groups, n)),
+        "zeros": (torch.uint8, (groups, n)),
+        "perm": (torch.int32, (k,)),
+        "bias": (dtype, (n,)),
+    }
+
+
+def aligned(tensor: Tensor | None) -> Tensor | None:
+    """``tensor``, or a copy where it starts off a 16-byte boundary, which the kernels need.
+
+    Views of mapped files and slices do. Other kinds of tensor (traced ones) have no address.
+    """
+    if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
+        return tensor
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def label(layer: str) -> str:
@@ -78,11 +106,50 @@ def group_size_of(in_features: int, groups: int, layer: str = "") -> int:
     )
 
 
-def cast_exactly(tensor: Tensor, dtype: torch.dtype | None, layer: str, name: str) -> Tensor:
-    """``tensor`` (scales or bias) in ``dtype``, every element finite and unchanged.
+DTYPE_OPTION = "--dtype float16 or --dtype bfloat16"
 
-    ``dtype`` None keeps the tensor's own. A conversion changes no value: rounding is for the
-    caller to ask for, afterwards, with ``layer.to(dtype)``.
+
+def cast_bias(
+    bias: Tensor | None, own: torch.dtype, asked: torch.dtype | None, layer: str = ""
+) -> Tensor | None:
+    """``bias``, if there is one, in ``own``, the dtype of the scales.
+
+    It is rounded if a dtype was asked for; otherwise it must be exact.
+
+    Raises:
+        CheckpointError: an element is not finite in ``own``, or not exact and no dtype was asked.
+    """
+    if bias is None:
+        return None
+    if not bias.is_floating_point():
+        raise CheckpointError(
+            f"{label(layer)}bias: got {describe(bias)}; it must be float; the file is damaged"
+        )
+    rounded = bias.to(own)
+    bad = torch.nonzero(~torch.isfinite(rounded))
+    if len(bad):
+        at = bad[0].tolist()
+        raise CheckpointError(
+            f"{label(layer)}bias: got {bias[tuple(at)].item()} at {at}; it must be finite in "
+            f"{own}; repair the checkpoint, or pass dtype=torch.bfloat16 for values above "
+            "float16's 65504"
+        )
+    bad = torch.nonzero(rounded.double() != bias.double())
+    if asked is None and len(bad):
+        at = bad[0].tolist()
+        reason = (
+            f"{label(layer)}bias: got {bias[tuple(at)].item()!r} at {at} in {bias.dtype}; {own}, "
+            f"the dtype of the scales, cannot hold it exactly; pass dtype={own} to round the bias"
+        )
+        raise CheckpointError(Refusal(reason, option=DTYPE_OPTION))
+    return rounded.contiguous()
+
+
+def cast_exactly(tensor: Tensor, dtype: torch.dtype | None, layer: str, name: str) -> Tensor:
+    """``tensor`` (scales) in ``dtype``, every element finite and unchanged.
+
+    ``dtype`` None keeps the tensor's own. A conversion changes no weight: rounding is for the
+    caller to do, beforehand, or afterwards with ``layer.to(dtype)``.
 
     Raises:
         CheckpointError: the dtype is not fp16 or bf16 and none was asked for, an element is NaN or
@@ -95,11 +162,12 @@ def cast_exactly(tensor: Tensor, dtype: torch.dtype | None, layer: str, name: st
             "torch.bfloat16; pass one of the two"
         )
     if not tensor.is_floating_point() or (dtype is None and tensor.dtype not in COMPUTE_DTYPES):
-        raise CheckpointError(
+        reason = (
             f"{label(layer)}{name}: got {describe(tensor)}; it must be float16 or bfloat16, the "
             "dtype of the activations; pass dtype=torch.float16 or dtype=torch.bfloat16 if the "
             "values are exact in it"
         )
+        raise CheckpointError(Refusal(reason, option=DTYPE_OPTION))
     bad = torch.nonzero(~torch.isfinite(tensor))
     if len(bad):
         at = bad[0].tolist()
@@ -111,9 +179,13 @@ def cast_exactly(tensor: Tensor, dtype: torch.dtype | None, layer: str, name: st
     bad = torch.nonzero(cast.double() != tensor.double())
     if len(bad):
         at = bad[0].tolist()
+        fix = (
+            f"pass dtype=None and round afterwards with layer.to({dtype})"
+            if tensor.dtype in COMPUTE_DTYPES
+            else f"round the tensor in the checkpoint first, with {name}.to({dtype})"
+        )
         raise CheckpointError(
             f"{label(layer)}{name}: got {tensor[tuple(at)].item()!r} at {at}; {dtype} must hold "
-            "every element exactly; pass dtype=None and round afterwards with "
-            f"layer.to({dtype}), or choose the other dtype"
+            f"every element exactly; choose the other dtype, or {fix}"
         )
     return cast.contiguous()

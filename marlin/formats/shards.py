@@ -1,8 +1,10 @@
 """Write safetensors shards tensor by tensor, so that a shard is never held in memory.
 
 Sizes and dtypes are known before the data: the header is written first, and every tensor goes to
-its own place in the file in any order. Within a file, tensors are laid out by falling element size,
-which keeps each one aligned (readers map the file and view it in place).
+its own place in the file in any order. Readers map the file and view tensors in place, so these
+must be aligned, and the format allows no holes: the data begins at a multiple of 64 bytes, first
+come the tensors whose sizes are multiples of 64 (every packed weight), then the others by falling
+element size.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from marlin.formats.container import DTYPES
 from marlin.formats.errors import CheckpointError
 
+ALIGNMENT = 64  # bytes: a cache line; the kernels need 16
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -75,7 +78,7 @@ class ShardWriter:
     """One safetensors file being written; the context, left normally, has it on the disk."""
 
     def __init__(self, path: Path, entries: Iterable[Entry]) -> None:
-        ordered = sorted(entries, key=lambda entry: -DTYPES[entry.dtype][0])
+        ordered = sorted(entries, key=lambda e: (e.nbytes % ALIGNMENT != 0, -DTYPES[e.dtype][0]))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._places: dict[str, tuple[int, int]] = {}
         position = 0
@@ -89,7 +92,7 @@ class ShardWriter:
             self._places[entry.name] = (position, entry.nbytes)
             position = stop
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
         self._base = 8 + len(text)
         self._head = len(text).to_bytes(8, "little") + text
         self._path = path

@@ -7,6 +7,7 @@ once. The name is fixed, so the next run finds and removes what a killed one lef
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -37,11 +38,43 @@ def destination_problem(destination: Path) -> str | None:
     return None
 
 
+def partial_path(destination: Path) -> Path:
+    """Where ``destination`` is while it is being written."""
+    return destination.with_name(f".{destination.name}.marlin-partial")
+
+
+def check_space(destination: Path, needed: int, reclaimed: int = 0) -> None:
+    """``reclaimed``: bytes that the conversion itself will have freed by removing what is stale."""
+    free = shutil.disk_usage(destination.parent).free + reclaimed
+    if free < needed:
+        stale = f", with what {partial_path(destination)} holds" if reclaimed else ""
+        raise CheckpointError(
+            f"{destination.parent} has {free / 1e9:.2f} GB free{stale} and {destination} needs "
+            f"{needed / 1e9:.2f} GB: free some space or choose another folder"
+        )
+
+
+def disk_bytes(directory: Path) -> int:
+    """What the files below a folder take on the disk; 0 if it is not there."""
+    return sum(
+        512 * os.lstat(os.path.join(folder, name)).st_blocks
+        for folder, _, names in os.walk(directory)
+        for name in names
+    )
+
+
 def flush(path: Path) -> None:
-    """Wait until a file's data, or a directory's entries, are on the disk."""
+    """Wait until a file's data, or a directory's entries, are on the disk.
+
+    Some network and FUSE file systems cannot flush a directory; there its entries are as safe as
+    they get.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -57,8 +90,16 @@ def _locked(path: Path, destination: Path) -> Iterator[None]:
             raise CheckpointError(
                 f"another conversion is writing {destination}; wait for it to end"
             ) from None
-        except OSError:
+        except OSError as error:
             os.close(descriptor)
+            path.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise OSError(
+                    error.errno,
+                    f"{path.parent} is on a file system that cannot lock files "
+                    f"({error.strerror}), so two conversions could not be kept apart; convert into "
+                    "a folder on another one and copy it",
+                ) from error
             raise
         # The run before us removes the file as it ends: what we locked may no longer be what the
         # name stands for.
@@ -88,7 +129,7 @@ def staged_directory(destination: Path) -> Iterator[Path]:
     Files written into it must have been flushed by their writers. Raises :class:`CheckpointError`
     when ``destination`` exists and is not an empty directory, or another run is writing it.
     """
-    partial = destination.with_name(f".{destination.name}.marlin-partial")
+    partial = partial_path(destination)
     with _locked(destination.with_name(f".{destination.name}.marlin-lock"), destination):
         problem = destination_problem(destination)
         if problem:

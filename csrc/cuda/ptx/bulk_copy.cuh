@@ -65,6 +65,12 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const CUtensorMap& 
       : "memory");
 }
 
+// A barrier for the first `kThreads` threads of the block. (0 is __syncthreads.)
+template <int kThreads>
+__device__ __forceinline__ void sync_threads() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
 // --- programmatic dependent launch ------------------------------------------------------------
 
 // Waits until the kernels before this one have finished and their writes can be seen.

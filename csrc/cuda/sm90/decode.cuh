@@ -3,8 +3,8 @@
 // It computes, for 64 * kRowTiles output features and up to kTokens tokens,
 //     sums[row, token] = sum over groups of scale[row, group] * sum_k (q - zero)[row, k] x[token, k]
 //
-// Roles: one producer thread fills a ring of stages of 256 columns by bulk copies (weights as they
-// lie, activations, scales and zero points by TMA); kRowTiles * kSplits consumer warpgroups convert
+// Roles: two producer threads fill a ring of stages by bulk copies, one with the weights as they lie,
+// scales and zero points, the other with activations; kRowTiles * kSplits consumer warpgroups convert
 // and multiply. Stage i belongs to split i % kSplits. The splits' sums are added in a fixed order,
 // through shared memory, and across the blocks of a cluster where k is split among blocks too.
 //
@@ -264,7 +264,9 @@ __global__ void __launch_bounds__(S::kTile.threads(), 1)
   if (threadIdx.x == S::kConsumers) {
     for (int i = 0; i < S::kStages; ++i) {
       ptx::mbarrier_init(full + 8 * i, 1);
-      ptx::mbarrier_init(empty + 8 * i, 128 * S::kRowTiles);  // the threads of the slot's split
+      // The threads of the slot's split. One arrival per warp would do, but compute-sanitizer takes
+      // it for a race, and it is no faster.
+      ptx::mbarrier_init(empty + 8 * i, 128 * S::kRowTiles);
     }
     ptx::mbarrier_init_fence();
   }
@@ -303,9 +305,9 @@ __global__ void __launch_bounds__(S::kTile.threads(), 1)
       ptx::cluster_sync();  // a block's sums are read by the others until here
       return;
     }
-    asm volatile("bar.sync 1, %0;" ::"n"(S::kConsumers) : "memory");
+    ptx::sync_threads<S::kConsumers>();
     store_tile<Element, S>(p, buffer, tile);
-    asm volatile("bar.sync 1, %0;" ::"n"(S::kConsumers) : "memory");
+    ptx::sync_threads<S::kConsumers>();
   }
 #endif
 }
