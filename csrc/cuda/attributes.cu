@@ -4,7 +4,6 @@
 
 #include "cuda/check.h"
 #include "cuda/element.cuh"
-#include "cuda/sm80/gemm.cuh"
 #include "cuda/sm80/instances.h"
 #include "plan/decode.h"
 #ifdef MARLIN_WITH_SM90

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "cuda/sm80/gemm.cuh"
+#include "cuda/element.cuh"
 #include "cuda/sm80/instances.h"
 #include "cuda/sm80/reduce.cuh"
 

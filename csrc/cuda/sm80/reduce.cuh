@@ -1,7 +1,8 @@
 // Adds up the partial sums of tiles that several blocks of gemm.cuh shared, in the order of k.
 #pragma once
 
-#include "cuda/sm80/gemm.cuh"
+#include "cuda/element.cuh"
+#include "cuda/sm80/params.cuh"
 
 namespace marlin::cuda::sm80 {
 
