@@ -16,12 +16,35 @@ from operands import DTYPES, make_input, make_weight
 import marlin  # noqa: F401 - loads the ops
 from marlin import _inspect
 
+# (N, K), tokens, multiprocessors: what makes the planner take Hopper's kernels of 128 rows, whole
+# tiles and tiles split across a cluster. tests/test_inspect.py checks that no kernel is left out.
+NARROW, NARROW_TOKENS, NARROW_SMS = (
+    ((72, 200, 32), (77, 301, 128), (320, 5000, 64)),
+    (1, 9, 20, 70),
+    (0, 3),
+)
+WIDE, WIDE_TOKENS, WIDE_SMS = (25700, 2100), (9, 20), (0, 1000)
+
+
+def multiply_wide() -> None:
+    """The planner's choice for a layer with many tiles."""
+    for dtype, group_size, full in ((DTYPES[0], 128, False), (DTYPES[1], 32, True)):
+        w = make_weight(
+            *WIDE, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
+        )
+        dense = w.dense64()
+        for sms in WIDE_SMS:
+            _inspect.force_plan(sms=sms)
+            for m in WIDE_TOKENS:
+                x = make_input(m, WIDE[1], dtype=dtype, device="cuda")
+                reference.assert_close(w.gemm(x), x, dense, w.bias)
+    _inspect.force_plan()
+
 
 def multiply() -> None:
     """Every kernel, with and without every option; on 3 multiprocessors, blocks do many units."""
-    shapes = ((72, 200, 32), (77, 301, 128), (320, 5000, 64))
     for dtype in DTYPES:
-        for n, k, group_size in shapes:
+        for n, k, group_size in NARROW:
             for full in (False, True):
                 w = make_weight(
                     n, k, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
@@ -29,9 +52,9 @@ def multiply() -> None:
                 dense = w.dense64()
                 ids = [kernel["id"] for kernel in _inspect.plans() if kernel["family"] == "sm80"]
                 for id in (*ids, -1):  # -1: the planner's choice, Hopper's kernels where it can
-                    for sms in (0, 3):
+                    for sms in NARROW_SMS:
                         _inspect.force_plan(id, sms=sms)
-                        for m in (1, 9, 20, 70) if id == -1 else (7,):
+                        for m in NARROW_TOKENS if id == -1 else (7,):
                             x = make_input(m, k, dtype=dtype, device="cuda")
                             reference.assert_close(w.gemm(x), x, dense, w.bias)
     _inspect.force_plan()
@@ -56,6 +79,7 @@ def main() -> int:
         return 2
     pack()
     multiply()
+    multiply_wide()
     torch.cuda.synchronize()
     print("sanitizer workload: done")
     return 0

@@ -25,7 +25,7 @@ namespace {
 constexpr int kBlock = layout::kBlock;
 
 // Eight at a time, by the vector extension of GCC and Clang: left to itself the compiler unrolls such
-// short loops before it vectorises them (20 times slower).
+// short loops before it vectorises them: M = 128, 4096 x 4096 took 20 times as long (GCC 12, AVX2).
 constexpr int kLanes = 8;
 using Floats [[gnu::vector_size(4 * kLanes), gnu::may_alias]] = float;
 using Words [[gnu::vector_size(4 * kLanes)]] = uint32_t;

@@ -79,7 +79,8 @@ struct StageCursor {
 };
 
 // Two threads of two warps: one asks for weights, scales and zero points, the other for activations.
-// One thread alone issues copies too slowly (0.14 us each).
+// One thread that issued all three copies of a stage seemed to bound the first version: see
+// benchmarks/NOTES.md.
 template <typename Element, typename S>
 struct Producer {
   using Cursor = StageCursor<Element, S>;
@@ -155,7 +156,7 @@ struct Consumer {
         empty(empty_),
         thread(static_cast<int>(threadIdx.x) % 128) {
     // By shuffles, so that the compiler knows them to be the same in the whole warp: descriptors
-    // then live in uniform registers (17% of the time, 8192 x 28672, M = 1, H200).
+    // then live in uniform registers, and no `R2UR` stands before every wgmma.
     const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
     const uint32_t base = __shfl_sync(0xffffffffu, ptx::shared_address(shared_memory), 0);
     row_tile = warpgroup % S::kRowTiles;

@@ -1,0 +1,85 @@
+"""marlin._inspect: its tables, its refusals, and that every kernel is run by the sanitizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sanitizer_workload as workload
+
+from marlin import _inspect
+
+GOOD: dict[str, Any] = {"m": 1, "n": 64, "k": 64, "sm": 90, "sms": 132}
+needs_cuda_build = pytest.mark.skipif(
+    not _inspect.build_info()["cuda"], reason="built without CUDA kernels"
+)
+
+
+def test_plans_are_numbered_and_explained() -> None:
+    plans = _inspect.plans()
+    assert [plan["id"] for plan in plans] == list(range(len(plans)))
+    assert all(plan["reason"] for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"m": 0}, "m, n and k must be at least 1"),
+        ({"n": -1}, "m, n and k must be at least 1"),
+        ({"k": 0}, "m, n and k must be at least 1"),
+        ({"sms": 0}, "sms .multiprocessors. must be at least 1"),
+        ({"group_size": 48}, "group_size must be -1, 32, 64 or 128, got 48"),
+    ],
+    ids=str,
+)
+def test_plan_for_refuses_sizes(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _inspect.plan_for(**GOOD | change)
+
+
+@pytest.mark.parametrize("sm", [-1, 0, 70, 75])
+def test_plan_for_refuses_old_gpus(sm: int) -> None:
+    with pytest.raises(RuntimeError, match="8.0 or later is needed"):
+        _inspect.plan_for(**GOOD | {"sm": sm})
+
+
+def test_plan_for_asks_for_the_gpu() -> None:
+    with pytest.raises(TypeError):
+        _inspect.plan_for(1, 64, 64)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("arguments", [{"id": -2}, {"id": 999}, {"sms": -1}], ids=str)
+def test_force_plan_refuses(arguments: dict[str, int]) -> None:
+    with pytest.raises(RuntimeError, match="no such kernel or number of multiprocessors"):
+        _inspect.force_plan(**arguments)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("id", [-1, 999])
+def test_kernel_attributes_refuses(id: int) -> None:
+    with pytest.raises(RuntimeError, match=f"there is no kernel {id}; there are"):
+        _inspect.kernel_attributes(id)
+
+
+def test_sanitizers_reach_every_kernel() -> None:
+    """On an H200 (132 multiprocessors): by force, or because the planner takes it."""
+
+    def chosen(m: int, n: int, k: int, sms: int) -> tuple[str, int]:
+        plan = _inspect.plan_for(m, n, k, group_size=-1, sm=90, sms=sms or 132)
+        return plan["kernel"]["name"], plan.get("cluster", 0)
+
+    taken = {
+        chosen(m, n, k, sms)
+        for n, k, _ in workload.NARROW
+        for m in workload.NARROW_TOKENS
+        for sms in workload.NARROW_SMS
+    }
+    taken |= {
+        chosen(m, *workload.WIDE, sms) for m in workload.WIDE_TOKENS for sms in workload.WIDE_SMS
+    }
+    for plan in _inspect.plans():
+        if plan["family"] == "sm80":
+            continue  # forced one by one
+        for cluster in (1, 2):
+            assert (plan["name"], cluster) in taken, f"{plan['name']}, cluster {cluster}"
