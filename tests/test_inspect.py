@@ -39,7 +39,7 @@ def test_plan_for_refuses_sizes(change: dict[str, int], message: str) -> None:
 
 @pytest.mark.parametrize("sm", [-1, 0, 70, 75])
 def test_plan_for_refuses_old_gpus(sm: int) -> None:
-    with pytest.raises(RuntimeError, match="8.0 or later is needed"):
+    with pytest.raises(RuntimeError, match=r"8\.0 or later is needed"):
         _inspect.plan_for(**GOOD | {"sm": sm})
 
 
