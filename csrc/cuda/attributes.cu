@@ -6,8 +6,10 @@
 #include "cuda/element.cuh"
 #include "cuda/sm80/instances.h"
 #include "plan/decode.h"
+#include "plan/prefill.h"
 #ifdef MARLIN_WITH_SM90
 #include "cuda/sm90/decode_instances.h"
+#include "cuda/sm90/prefill_instances.h"
 #endif
 
 namespace marlin::cuda {
@@ -18,7 +20,7 @@ struct Compiled {
   int shared_bytes, threads;
 };
 
-// The first table's kernels, then the decode kernels with scales every 128 columns.
+// The first table's kernels, then the decode kernels with scales every 128 columns, then the prefill kernels.
 template <typename Element>
 std::vector<Compiled> compiled_kernels() {
   std::vector<Compiled> out;
@@ -32,6 +34,11 @@ std::vector<Compiled> compiled_kernels() {
     const auto function = sm90::decode_instance<Element>(kernel.id, 128);
     out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(128),
                    kernel.tile.threads()});
+  }
+  for (const plan::PrefillKernel& kernel : plan::prefill_kernels()) {
+    const auto function = sm90::prefill_instance<Element>(kernel.id);
+    out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
+                   kernel.tile.kThreads});
   }
 #endif
   return out;

@@ -21,6 +21,6 @@ KernelAttributes kernel_attributes(int id, DType dtype);
 // For tests and benchmarks: until called again, every gemm of the process runs kernel `id` of the first
 // table (-1: whatever the planner chooses), as if the device had `sm_count` multiprocessors (0: as many
 // as it has). A kernel that does not fit the problem still gives the right result.
-void force_plan(int id, int sm_count);
+void force_plan(int id, int sm_count, int cluster);
 
 }  // namespace marlin::cuda

@@ -62,6 +62,30 @@ __device__ __forceinline__ void convert(uint32_t (&fragment)[4], uint32_t word,
   }
 }
 
+// A fragment times the scales of its rows, rounded: scale[i] holds that of row g + 8i twice.
+template <typename Element>
+__device__ __forceinline__ void multiply_pairs(uint32_t (&fragment)[4], const uint32_t (&scale)[2]) {
+  using P = Pair<Element>;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const P value = __hmul2(reinterpret_cast<const P&>(fragment[r]),
+                            reinterpret_cast<const P&>(scale[r % 2]));
+    fragment[r] = reinterpret_cast<const uint32_t&>(value);
+  }
+}
+
+// Two sums, rounded; `low` in the low half.
+template <typename Element>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+  Pair<Element> pair;
+  if constexpr (std::is_same_v<Element, __half>) {
+    pair = __floats2half2_rn(low, high);
+  } else {
+    pair = __floats2bfloat162_rn(low, high);
+  }
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 // Calls `f` with a null pointer to the C++ type of `dtype`.
 template <typename F>
 decltype(auto) dispatch(DType dtype, F&& f) {

@@ -1,5 +1,7 @@
 // From a GEMM's arguments to kernel launches: which family of kernels, and its plan.
+#include <algorithm>
 #include <atomic>
+#include <bit>
 #include <mutex>
 #include <vector>
 
@@ -7,7 +9,9 @@
 #include "cuda/check.h"
 #include "cuda/element.cuh"
 #include "cuda/sm80/launch.cuh"
+#include "plan/decode.h"
 #include "plan/plan.h"
+#include "plan/prefill.h"
 #ifdef MARLIN_WITH_SM90
 #include "cuda/sm90/launch.cuh"
 #endif
@@ -48,18 +52,33 @@ plan::Device current_device() {
   return device;
 }
 
-std::atomic<int> forced_kernel = -1, forced_sm_count = 0;  // see force_plan
+std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0;  // see force_plan
+
+int kernel_count() {
+  return static_cast<int>(plan::kernels().size() + plan::decode_kernels().size() +
+                          plan::prefill_kernels().size());
+}
 
 // Calls `run` with the plan of the kernels that will do it.
 template <typename F>
 decltype(auto) with_plan(const Gemm& args, F&& run) {
   plan::Problem problem{args.m, args.n, args.k, args.group_size, current_device()};
   if (const int sm_count = forced_sm_count) problem.device.sm_count = sm_count;
-  if (const int id = forced_kernel; id >= 0) {
-    return run(plan::plan_with(plan::kernels()[id], problem));
-  }
+  const int forced = forced_kernel, cluster = std::max<int>(forced_cluster, 1);
+  const int decode = forced - static_cast<int>(plan::kernels().size());
+  const int prefill = decode - static_cast<int>(plan::decode_kernels().size());
+  if (forced >= 0 && decode < 0) return run(plan::plan_with(plan::kernels()[forced], problem));
 #ifdef MARLIN_WITH_SM90
-  if (const auto decode = plan::select_decode(problem)) return run(*decode);
+  if (problem.device.wgmma) {
+    if (prefill >= 0) {
+      return run(plan::prefill_plan_with(plan::prefill_kernels()[prefill], cluster, problem));
+    }
+    if (decode >= 0 && args.m <= plan::decode_kernels()[decode].tile.tokens) {
+      return run(plan::decode_plan_with(plan::decode_kernels()[decode], cluster, problem));
+    }
+    if (const auto chosen = plan::select_decode(problem)) return run(*chosen);
+    if (const auto chosen = plan::select_prefill(problem)) return run(*chosen);
+  }
 #endif
   return run(plan::select(problem));
 }
@@ -71,12 +90,15 @@ int64_t gemm_workspace_bytes(const Gemm& args) {
   return with_plan(args, [&](const auto& plan) { return scratch_of(args, plan).bytes(); });
 }
 
-void force_plan(int id, int sm_count) {
-  if (id < -1 || id >= static_cast<int>(plan::kernels().size()) || sm_count < 0) {
-    throw std::runtime_error("marlin: force_plan: no such kernel or number of multiprocessors");
+void force_plan(int id, int sm_count, int cluster) {
+  if (id < -1 || id >= kernel_count() || sm_count < 0 || cluster < 0 || cluster > 8 ||
+      std::popcount(static_cast<unsigned>(cluster)) > 1) {
+    throw std::runtime_error(
+        "marlin: force_plan: no such kernel, number of multiprocessors or cluster");
   }
   forced_kernel = id;
   forced_sm_count = sm_count;
+  forced_cluster = cluster;
 }
 
 void gemm(const Gemm& args, void* workspace, void* stream) {

@@ -10,6 +10,7 @@
 #include "cuda/attributes.h"
 #include "plan/decode.h"
 #include "plan/plan.h"
+#include "plan/prefill.h"
 
 namespace py = pybind11;
 
@@ -47,10 +48,27 @@ py::dict describe(const plan::DecodeKernel& kernel) {
   return out;
 }
 
+// Numbered after both.
+py::dict describe(const plan::PrefillKernel& kernel) {
+  py::dict out;
+  out["id"] = static_cast<int>(plan::kernels().size() + plan::decode_kernels().size()) + kernel.id;
+  out["name"] = kernel.name();
+  out["family"] = "sm90_prefill";
+  out["tokens"] = kernel.tile.tokens;
+  out["rows"] = kernel.tile.rows();
+  out["stage_k"] = kernel.tile.stage_k();
+  out["stages"] = kernel.tile.stages();
+  out["threads"] = kernel.tile.kThreads;
+  out["shared_bytes"] = kernel.tile.shared_bytes();
+  out["reason"] = kernel.reason;
+  return out;
+}
+
 py::list plans() {
   py::list out;
   for (const plan::Kernel& kernel : plan::kernels()) out.append(describe(kernel));
   for (const plan::DecodeKernel& kernel : plan::decode_kernels()) out.append(describe(kernel));
+  for (const plan::PrefillKernel& kernel : plan::prefill_kernels()) out.append(describe(kernel));
   return out;
 }
 
@@ -77,6 +95,17 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["cluster"] = decode->cluster;
     out["row_tiles"] = decode->row_tiles;
     out["stages_per_block"] = decode->stages_per_block;
+    out["workspace_bytes"] = 0;
+    return out;
+  }
+  if (const auto prefill = plan::select_prefill(problem)) {
+    out["kernel"] = describe(prefill->kernel);
+    out["blocks"] = prefill->blocks;
+    out["cluster"] = prefill->cluster;
+    out["row_blocks"] = prefill->row_blocks;
+    out["token_tiles"] = prefill->token_tiles;
+    out["pieces_per_cluster"] = prefill->pieces_per_cluster;
+    out["stages_per_block"] = prefill->stages_per_block;
     out["workspace_bytes"] = 0;
     return out;
   }
@@ -123,10 +152,11 @@ void throw_if(int failed, const char* error) {
   if (failed) throw std::runtime_error(error);
 }
 
-void force_plan(int id, int sms) {
+void force_plan(int id, int sms, int cluster) {
   char error[512] = "";
-  const auto force = op_library_function<int (*)(int, int, char*, size_t)>("marlin_force_plan");
-  throw_if(force(id, sms, error, sizeof error), error);
+  const auto force =
+      op_library_function<int (*)(int, int, int, char*, size_t)>("marlin_force_plan");
+  throw_if(force(id, sms, cluster, error, sizeof error), error);
 }
 
 py::dict kernel_attributes(int id, bool bf16) {
@@ -158,7 +188,8 @@ PYBIND11_MODULE(_inspect, m) {
         "The kernel and the partition chosen for a problem on a device.");
   m.def("build_info", &build_info, "Versions and settings of this build.");
   m.def("force_plan", &force_plan, py::arg("id") = -1, py::kw_only(), py::arg("sms") = 0,
-        "For tests and benchmarks: makes every gemm run one kernel, or one partition.");
+        py::arg("cluster") = 0,
+        "For tests and benchmarks: makes every gemm run one kernel that can, or one partition.");
   m.def("kernel_attributes", &kernel_attributes, py::arg("id"), py::kw_only(),
         py::arg("bf16") = false, "Registers, shared memory and occupancy on the current device.");
 }

@@ -71,6 +71,23 @@ __device__ __forceinline__ void sync_threads() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
+// A barrier for the threads of one warpgroup.
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 2) : "memory");
+}
+
+// True in one thread of a warp whose threads all get here, and known to the compiler to be so.
+__device__ __forceinline__ bool elect_one() {
+  int elected;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p;}" : "=r"(elected));
+  return elected != 0;
+}
+
+// Orders this thread's accesses to shared memory before copies that are asked for later.
+__device__ __forceinline__ void fence_before_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // --- programmatic dependent launch ------------------------------------------------------------
 
 // Waits until the kernels before this one have finished and their writes can be seen.
@@ -103,6 +120,22 @@ __device__ __forceinline__ float load_from_block(uint32_t shared, int rank) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
   return value;
+}
+
+// Adds the eight floats at the same shared address, a multiple of 16, in another block of the cluster.
+__device__ __forceinline__ void add_from_block(float (&sum)[8], uint32_t shared, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    float v[4];
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                 : "r"(there + i * 4)
+                 : "memory");
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[i + j] += v[j];
+  }
 }
 
 }  // namespace marlin::ptx

@@ -36,81 +36,85 @@ template <typename Element, int kTokens>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[kTokens / 2], const uint32_t (&a)[4],
                                              uint64_t b, bool accumulate);
 
-template <>
-__device__ __forceinline__ void wgmma_m64k16<__half, 8>(float (&d)[4], const uint32_t (&a)[4],
-                                                        uint64_t b, bool accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %9, 0;"
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, "
-      "{%4, %5, %6, %7}, %8, p, 1, 1, 0;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
+// The accumulators of one instruction, four at a time: as operands, and as their names.
+#define MARLIN_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MARLIN_D8(i) MARLIN_D4(i), MARLIN_D4(i + 4)
+#define MARLIN_D16(i) MARLIN_D8(i), MARLIN_D8(i + 8)
+#define MARLIN_D32(i) MARLIN_D16(i), MARLIN_D16(i + 16)
+
+#define MARLIN_NAMES_4 "%0, %1, %2, %3"
+#define MARLIN_NAMES_8 MARLIN_NAMES_4 ", %4, %5, %6, %7"
+#define MARLIN_NAMES_16 MARLIN_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define MARLIN_NAMES_24 MARLIN_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define MARLIN_NAMES_32 MARLIN_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define MARLIN_NAMES_40 MARLIN_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define MARLIN_NAMES_48 MARLIN_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define MARLIN_NAMES_56 MARLIN_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define MARLIN_NAMES_64 MARLIN_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+
+// One instruction for one type. `inputs` names what follows the accumulators: A, B's descriptor;
+// `predicate` the last operand.
+#define MARLIN_WGMMA_OF(element, type, tokens, names, inputs, predicate, ...)                     \
+  template <>                                                                                     \
+  __device__ __forceinline__ void wgmma_m64k16<element, tokens>(                                  \
+      float (&d)[tokens / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {              \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " predicate                                       \
+                 ", 0;"                                                                           \
+                 "wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." type "." type " {" names  \
+                 "}, " inputs ", p, 1, 1, 0;}"                                                    \
+                 : __VA_ARGS__                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                            \
+                   "r"(static_cast<int>(accumulate)));                                            \
+  }
+
+#define MARLIN_WGMMA(tokens, names, inputs, predicate, ...)                             \
+  MARLIN_WGMMA_OF(__half, "f16", tokens, names, inputs, predicate, __VA_ARGS__)         \
+  MARLIN_WGMMA_OF(__nv_bfloat16, "bf16", tokens, names, inputs, predicate, __VA_ARGS__)
+
+// clang-format off
+MARLIN_WGMMA(8, MARLIN_NAMES_4, "{%4, %5, %6, %7}, %8", "%9", MARLIN_D4(0))
+MARLIN_WGMMA(16, MARLIN_NAMES_8, "{%8, %9, %10, %11}, %12", "%13", MARLIN_D8(0))
+MARLIN_WGMMA(32, MARLIN_NAMES_16, "{%16, %17, %18, %19}, %20", "%21", MARLIN_D16(0))
+MARLIN_WGMMA(64, MARLIN_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", MARLIN_D32(0))
+MARLIN_WGMMA(80, MARLIN_NAMES_40, "{%40, %41, %42, %43}, %44", "%45", MARLIN_D32(0), MARLIN_D8(32))
+MARLIN_WGMMA(96, MARLIN_NAMES_48, "{%48, %49, %50, %51}, %52", "%53", MARLIN_D32(0), MARLIN_D16(32))
+MARLIN_WGMMA(112, MARLIN_NAMES_56, "{%56, %57, %58, %59}, %60", "%61", MARLIN_D32(0), MARLIN_D16(32), MARLIN_D8(48))
+MARLIN_WGMMA(128, MARLIN_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", MARLIN_D32(0), MARLIN_D32(32))
+// clang-format on
+
+#undef MARLIN_WGMMA
+#undef MARLIN_WGMMA_OF
+#undef MARLIN_NAMES_64
+#undef MARLIN_NAMES_56
+#undef MARLIN_NAMES_48
+#undef MARLIN_NAMES_40
+#undef MARLIN_NAMES_32
+#undef MARLIN_NAMES_24
+#undef MARLIN_NAMES_16
+#undef MARLIN_NAMES_8
+#undef MARLIN_NAMES_4
+#undef MARLIN_D32
+#undef MARLIN_D16
+#undef MARLIN_D8
+#undef MARLIN_D4
+
+// Hands registers from one warpgroup to another: the block's were shared out evenly at its launch.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-template <>
-__device__ __forceinline__ void wgmma_m64k16<__nv_bfloat16, 8>(float (&d)[4],
-                                                               const uint32_t (&a)[4], uint64_t b,
-                                                               bool accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %9, 0;"
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, "
-      "{%4, %5, %6, %7}, %8, p, 1, 1, 0;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-template <>
-__device__ __forceinline__ void wgmma_m64k16<__half, 16>(float (&d)[8], const uint32_t (&a)[4],
-                                                         uint64_t b, bool accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %13, 0;"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "{%8, %9, %10, %11}, %12, p, 1, 1, 0;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-}
-
-template <>
-__device__ __forceinline__ void wgmma_m64k16<__nv_bfloat16, 16>(float (&d)[8],
-                                                                const uint32_t (&a)[4], uint64_t b,
-                                                                bool accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %13, 0;"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "{%8, %9, %10, %11}, %12, p, 1, 1, 0;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-}
-
-template <>
-__device__ __forceinline__ void wgmma_m64k16<__half, 32>(float (&d)[16], const uint32_t (&a)[4],
-                                                         uint64_t b, bool accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %21, 0;"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, "
-      "%10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, p, 1, 1, 0;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-}
-
-template <>
-__device__ __forceinline__ void wgmma_m64k16<__nv_bfloat16, 32>(float (&d)[16],
-                                                                const uint32_t (&a)[4], uint64_t b,
-                                                                bool accumulate) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %21, 0;"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
-      "%9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, p, 1, 1, 0;}"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
-        "+f"(d[14]), "+f"(d[15])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
+// Stores four 8x8 matrices of 16-bit values, each transposed: `rows` is the address of row lane % 8 of
+// matrix lane / 8; a fragment's register i holds matrix i.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t row, const uint32_t (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
 }
 
 }  // namespace marlin::ptx

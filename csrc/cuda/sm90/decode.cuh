@@ -18,23 +18,16 @@
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/layer.h"
 #include "layout/packed.h"
 #include "plan/decode.h"
 
 namespace marlin::cuda::sm90 {
 
 template <typename Element>
-struct DecodeParams {
-  CUtensorMap input;   // {64 columns, m tokens, k / 64}, 128-byte swizzle
-  CUtensorMap scales;  // {n, groups}
-  CUtensorMap zeros;   // likewise; not used where has_zeros is false
-  const int32_t* qweight;
-  const Element* bias;  // or null
-  Element* output;
-  int m, n, n_blocks, k_blocks;
+struct DecodeParams : LayerParams<Element> {
   int row_tiles, stages_per_block;  // stages of a tile that one block of a cluster does
   int cluster;                      // blocks that share a tile's k; then a block does one tile
-  bool has_zeros, one_group, static_weights;
 };
 
 template <int kTokens_, int kRowTiles_, int kSplits_, int kStageBlocks_, int kPeriod_>

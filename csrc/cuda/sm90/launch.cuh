@@ -3,6 +3,7 @@
 
 #include "cuda/prepare.cuh"
 #include "plan/decode.h"
+#include "plan/prefill.h"
 
 namespace marlin::cuda::sm90 {
 
@@ -11,8 +12,13 @@ inline constexpr int kColumnMultiple = 64;  // activations are read by boxes of 
 inline Scratch scratch_of(const Gemm& args, const plan::DecodePlan&) {
   return {args, kColumnMultiple, 0};
 }
+inline Scratch scratch_of(const Gemm& args, const plan::PrefillPlan&) {
+  return {args, kColumnMultiple, 0};
+}
 
 template <typename Element>
 void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cudaStream_t stream);
+template <typename Element>
+void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cudaStream_t stream);
 
 }  // namespace marlin::cuda::sm90

@@ -1,0 +1,22 @@
+// What every Hopper kernel is told of a call.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace marlin::cuda::sm90 {
+
+template <typename Element>
+struct LayerParams {
+  CUtensorMap input;   // {64 columns, m tokens, k / 64}, 128-byte swizzle
+  CUtensorMap scales;  // {n, groups}
+  CUtensorMap zeros;   // likewise; not used where has_zeros is false
+  const int32_t* qweight;
+  const Element* bias;  // or null
+  Element* output;
+  int m, n, n_blocks, k_blocks;
+  bool has_zeros, one_group, static_weights;
+};
+
+}  // namespace marlin::cuda::sm90

@@ -1,0 +1,2 @@
+#define MARLIN_ELEMENT __half
+#include "cuda/sm90/prefill_instances.inc"

@@ -1,0 +1,77 @@
+// The plan of a GEMM with more than a few tokens on Hopper (cuda/sm90/prefill.cuh): host C++, no CUDA,
+// no torch.
+#pragma once
+
+#include <optional>
+#include <span>
+#include <string>
+
+#include "plan/plan.h"
+
+namespace marlin::plan {
+
+struct PrefillTile {
+  int tokens, stage_blocks;
+
+  static constexpr int kRowBlocks = 4;  // of 64 output features, one per consumer warpgroup
+  static constexpr int kConsumers = 128 * kRowBlocks, kThreads = kConsumers + 128;
+  static constexpr int kLeastPeriod = 32;  // the least columns between scales
+
+  constexpr int rows() const { return 64 * kRowBlocks; }
+  constexpr int stage_k() const { return 64 * stage_blocks; }
+
+  // A stage in shared memory; offsets in bytes. The activations come first: their swizzle wants
+  // 1024-byte alignment.
+  constexpr int input_bytes() const { return tokens * stage_k() * 2; }
+  constexpr int weight_bytes() const { return rows() * stage_k() / 2; }
+  constexpr int scales_at() const { return input_bytes() + weight_bytes(); }
+  constexpr int zeros_at() const { return scales_at() + rows() * (stage_k() / kLeastPeriod) * 2; }
+  constexpr int stage_bytes() const {
+    return (zeros_at() + rows() * (stage_k() / kLeastPeriod) + 1023) / 1024 * 1024;
+  }
+
+  // After the stages: the finished outputs [rows / 64][tokens][64], on their way to global memory, and
+  // the barriers. A tile split across a cluster leaves fp32 sums [tokens][rows + 4] where the stages
+  // were; 4 floats of padding spread a fragment's rows over all banks.
+  constexpr int output_bytes() const { return tokens * rows() * 2; }
+  constexpr int sum_stride() const { return rows() + 4; }
+  constexpr int stages() const {
+    const int room = kSharedBytes - output_bytes() - kBarrierBytes - kAlignment;
+    return room / stage_bytes();
+  }
+  constexpr int output_at() const { return stages() * stage_bytes(); }
+  constexpr int barriers_at() const { return output_at() + output_bytes(); }
+  constexpr int shared_bytes() const { return barriers_at() + kBarrierBytes + kAlignment; }
+
+  static constexpr int kSharedBytes = 227 * 1024;  // that a block may have on sm_90
+  static constexpr int kBarrierBytes = 2 * 8 * 16, kAlignment = 1024;
+};
+
+struct PrefillKernel {
+  int id;  // its place in the table
+  PrefillTile tile;
+  const char* reason;
+  std::string name() const;
+};
+
+std::span<const PrefillKernel> prefill_kernels();
+
+// The work is row_blocks * token_tiles pieces of 64 output features by one tile of tokens, token tile by
+// token tile. Each cluster does `pieces_per_cluster` of them in turn, up to kRowBlocks at a time, and
+// its blocks share the k of each.
+struct PrefillPlan {
+  PrefillKernel kernel;
+  int period;  // columns between scales: 32, 64, or 128 for all longer groups
+  int row_blocks, token_tiles;
+  int cluster;           // blocks that share the k of a tile
+  int stages_per_block;  // of one tile
+  int pieces_per_cluster;
+  int blocks;
+};
+
+// Nothing where another kernel must run: a device or build without wgmma.
+std::optional<PrefillPlan> select_prefill(const Problem& problem);
+
+PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Problem& problem);
+
+}  // namespace marlin::plan
