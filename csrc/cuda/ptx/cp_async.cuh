@@ -10,6 +10,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// A value at an address of shared memory.
+template <typename Value>
+__device__ __forceinline__ Value load_shared(uint32_t address) {
+  return *static_cast<const Value*>(__cvta_shared_to_generic(address));
+}
+
 // Copies 16 bytes, past L1; writes zeros, and reads nothing, where not `valid`.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),

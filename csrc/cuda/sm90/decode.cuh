@@ -71,9 +71,9 @@ struct StageCursor {
   }
 };
 
-// Two threads of two warps: one asks for weights, scales and zero points, the other for activations.
-// One thread that issued all three copies of a stage seemed to bound the first version: see
-// benchmarks/NOTES.md.
+// Two warps: one asks for weights, scales and zero points, the other for activations. A warp stays
+// together and elects the thread that copies, so that the compiler keeps addresses in uniform
+// registers, as copies want them.
 template <typename Element, typename S>
 struct Producer {
   using Cursor = StageCursor<Element, S>;
@@ -91,7 +91,8 @@ struct Producer {
     int count = 0;
     for (Cursor cursor(p); cursor.valid(p); cursor.advance(p), ++count) {
       wait_for_slot(count);
-      copy_weights(cursor, count % S::kStages);
+      if (ptx::elect_one()) copy_weights(cursor, count % S::kStages);
+      __syncwarp();
     }
   }
 
@@ -101,8 +102,11 @@ struct Producer {
     for (Cursor cursor(p); cursor.valid(p); cursor.advance(p), ++count) {
       wait_for_slot(count);
       const int slot = count % S::kStages;
-      ptx::tensor_copy(shared + slot * S::kStageBytes + S::kInputAt, p.input, 0, 0,
-                       cursor.stage * S::kStageBlocks, full + 8 * slot);
+      if (ptx::elect_one()) {
+        ptx::tensor_copy(shared + slot * S::kStageBytes + S::kInputAt, p.input, 0, 0,
+                         cursor.stage * S::kStageBlocks, full + 8 * slot);
+      }
+      __syncwarp();
     }
   }
 
@@ -268,9 +272,13 @@ __global__ void __launch_bounds__(S::kTile.threads(), 1)
   __syncthreads();
   if (producer) {
     const Producer<Element, S> produce{p, ptx::shared_address(shared), full, empty};
-    if (threadIdx.x == S::kConsumers) produce.produce_weights();
-    if (threadIdx.x == S::kConsumers + 32) produce.produce_input();
-    __syncwarp();
+    const int warp =
+        __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32 - S::kConsumers / 32, 0);
+    if (warp == 0) {
+      produce.produce_weights();
+    } else {
+      produce.produce_input();
+    }
     if (p.cluster > 1) {
       ptx::cluster_sync();
       ptx::cluster_sync();

@@ -25,16 +25,18 @@ namespace marlin::cuda::sm90 {
 template <typename Element>
 struct PrefillParams : LayerParams<Element> {
   int period_log2;         // of the columns between scales: 5, 6 or 7
+  int groups_per_block;    // rows of scales from 64 columns of a stage to the next: 0 or 1
   int pieces;              // row blocks x token tiles
   int pieces_per_cluster;  // of them, in turn
   int stages, stages_per_block;
   int cluster;  // blocks that share a tile's k
 };
 
-template <int kTokens_, int kStageBlocks_>
+template <int kTokens_, int kStageBlocks_, int kPeriod_>
 struct PrefillShape {
   static constexpr plan::PrefillTile kTile{kTokens_, kStageBlocks_};
   static constexpr int kTokens = kTokens_, kStageBlocks = kStageBlocks_;
+  static constexpr int kPeriod = kPeriod_;  // 32: columns between scales. 64: or more
   static constexpr int kRowBlocks = kTile.kRowBlocks, kRows = kTile.rows();
   static constexpr int kConsumers = kTile.kConsumers;
   static constexpr int kStages = kTile.stages(), kStageBytes = kTile.stage_bytes();
@@ -173,8 +175,11 @@ struct PrefillConsumer {
   const PrefillParams<Element>& p;
   char* shared;
   uint32_t full, empty;
-  uint64_t descriptor;      // of the first stage's activations
-  int thread, warpgroup;    // in the warpgroup; which warpgroup, that is, piece of a tile
+  int thread, warpgroup;  // in the warpgroup; which warpgroup, that is, piece of a tile
+  // In the first stage: the activations' descriptor, and this thread's weights and scales. Addresses
+  // of shared memory, since arithmetic on pointers would be done anew for every stage.
+  uint64_t descriptor;
+  uint32_t words_at, scales_at, zeros_at;
   int slot = 0, parity = 0;
   float sums[kTokens / 2];
 
@@ -189,6 +194,9 @@ struct PrefillConsumer {
     warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
     const uint32_t base = __shfl_sync(0xffffffffu, ptx::shared_address(shared_memory), 0);
     descriptor = ptx::wgmma_descriptor(base + S::kInputAt);
+    words_at = base + S::kWeightsAt + warpgroup * S::kRowBlockBytes + thread * 16;
+    scales_at = base + S::kScalesAt + (warpgroup * 64 + row_in_piece()) * 2;
+    zeros_at = base + S::kZerosAt + warpgroup * 64 + row_in_piece();
   }
 
   __device__ int row_in_piece() const { return thread / 32 * 16 + thread % 32 / 4; }
@@ -197,46 +205,65 @@ struct PrefillConsumer {
     if (++slot == kStages) slot = 0, parity ^= 1;
   }
 
-  __device__ void give_back(int which) const {
-    __syncwarp();
-    if (thread % 32 == 0) ptx::mbarrier_arrive(empty + 8 * which);
-  }
-
   __device__ void give_back_previous() const {
-    give_back(slot == 0 ? kStages - 1 : slot - 1);
+    ptx::mbarrier_arrive(empty + 8 * (slot == 0 ? kStages - 1 : slot - 1));
   }
 
   // A tile's stages, where this warpgroup has no piece of it.
   __device__ void skip(int stages) {
-    for (int i = 0; i < stages; ++i, next_slot()) {
+    for (int i = 0; i < stages; ++i) {
       ptx::mbarrier_wait(full + 8 * slot, parity);
-      give_back(slot);
+      next_slot();
+      give_back_previous();
+    }
+  }
+
+  // Scales, in both halves of a register, for rows g and g + 8; and what to subtract from nibbles.
+  struct RowFactors {
+    uint32_t scale[2], subtrahend[2] = {
+        layout::subtrahend<Format>(layout::kSymmetricZero, 0),
+        layout::subtrahend<Format>(layout::kSymmetricZero, 1)};
+  };
+
+  __device__ void load(RowFactors& factors, uint32_t stage, int group) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      factors.scale[i] =
+          ptx::load_shared<uint16_t>(scales_at + stage + (group * S::kRows + 8 * i) * 2) * 0x10001u;
+    }
+    if (p.has_zeros) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        factors.subtrahend[i] = layout::subtrahend<Format>(
+            ptx::load_shared<uint8_t>(zeros_at + stage + group * S::kRows + 8 * i), i);
+      }
     }
   }
 
   // A tile's stages. A stage is given back when the first multiplications of the next have been
   // issued, since at most three may be unfinished then.
   __device__ void multiply(int stages) {
+    constexpr int kSets = S::kPeriod == 32 ? 2 : 1;  // of factors per 64 columns
     uint32_t a[4][4];
+    RowFactors factors[kSets];
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
       ptx::mbarrier_wait(full + 8 * slot, parity);
-      const char* stage = shared + slot * S::kStageBytes;
-      const uint64_t b = descriptor + static_cast<uint64_t>(__shfl_sync(0xffffffffu, slot, 0) *
-                                                            (S::kStageBytes / 16));
+      const uint32_t stage = slot * S::kStageBytes;
+      const uint64_t b = descriptor + stage / 16;
 #pragma unroll
       for (int block = 0; block < S::kStageBlocks; ++block) {
-        const uint4 q = *reinterpret_cast<const uint4*>(stage + S::kWeightsAt +
-                                                        warpgroup * S::kRowBlockBytes +
-                                                        block * layout::kBytesPerBlock + thread * 16);
-        const uint32_t word[4] = {q.x, q.y, q.z, q.w};
-        uint32_t scale[2][2], subtrahend[2][2];  // of either half: 32 columns share a scale
-        load_scales(stage, block * 2, scale[0], subtrahend[0]);
-        load_scales(stage, block * 2 + 1, scale[1], subtrahend[1]);
+        const auto word =
+            ptx::load_shared<uint4>(words_at + stage + block * layout::kBytesPerBlock);
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+          load(factors[set], stage, S::kPeriod == 32 ? block * 2 + set : block * p.groups_per_block);
+        }
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-          convert<Element>(a[step], word[step], subtrahend[step / 2]);
-          multiply_pairs<Element>(a[step], scale[step / 2]);
+          const RowFactors& factor = factors[step * kSets / 4];
+          convert<Element>(a[step], (&word.x)[step], factor.subtrahend);
+          multiply_pairs<Element>(a[step], factor.scale);
           ptx::wgmma_fence();
           ptx::wgmma_m64k16<Element, kTokens>(
               sums, a[step], b + static_cast<uint64_t>(block * kTokens * 8 + step * 2),
@@ -254,22 +281,6 @@ struct PrefillConsumer {
       asm volatile("" : "+f"(sums[i])::"memory");  // not read before the wait
     }
     give_back_previous();
-  }
-
-  // For columns 32 * `part` onwards of a stage: scales in both halves of a register, for rows g and
-  // g + 8, and what to subtract from the taken nibbles.
-  __device__ void load_scales(const char* stage, int part, uint32_t (&scale)[2],
-                              uint32_t (&subtrahend)[2]) const {
-    const int group = p.one_group ? 0 : part * 32 >> p.period_log2;
-    const int row = group * S::kRows + warpgroup * 64 + row_in_piece();
-    const auto* scales = reinterpret_cast<const uint16_t*>(stage + S::kScalesAt) + row;
-    const auto* zeros = reinterpret_cast<const uint8_t*>(stage + S::kZerosAt) + row;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      scale[i] = scales[8 * i] * 0x10001u;
-      subtrahend[i] =
-          layout::subtrahend<Format>(p.has_zeros ? zeros[8 * i] : layout::kSymmetricZero, i);
-    }
   }
 
   __device__ float bias_of(int row) const {
@@ -387,7 +398,7 @@ __global__ void __launch_bounds__(S::kTile.kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       ptx::mbarrier_init(full + 8 * i, PrefillProducer<Element, S>::kArrivals);
-      ptx::mbarrier_init(empty + 8 * i, S::kConsumers / 32);
+      ptx::mbarrier_init(empty + 8 * i, S::kConsumers);
     }
     ptx::mbarrier_init_fence();
   }

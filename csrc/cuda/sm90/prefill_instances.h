@@ -9,7 +9,8 @@ namespace marlin::cuda::sm90 {
 template <typename Element>
 struct PrefillParams;
 
+// Kernel `id` of the table for scales every `period` columns: 32, 64 or 128.
 template <typename Element>
-auto prefill_instance(int id) -> void (*)(PrefillParams<Element>);
+auto prefill_instance(int id, int period) -> void (*)(PrefillParams<Element>);
 
 }  // namespace marlin::cuda::sm90
