@@ -38,7 +38,7 @@ std::vector<Compiled> compiled_kernels() {
   for (const plan::PrefillKernel& kernel : plan::prefill_kernels()) {
     const auto function = sm90::prefill_instance<Element>(kernel.id, 128);
     out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
-                   kernel.tile.kThreads});
+                   kernel.tile.threads()});
   }
 #endif
   return out;

@@ -58,7 +58,7 @@ py::dict describe(const plan::PrefillKernel& kernel) {
   out["rows"] = kernel.tile.rows();
   out["stage_k"] = kernel.tile.stage_k();
   out["stages"] = kernel.tile.stages();
-  out["threads"] = kernel.tile.kThreads;
+  out["threads"] = kernel.tile.threads();
   out["shared_bytes"] = kernel.tile.shared_bytes();
   out["reason"] = kernel.reason;
   return out;

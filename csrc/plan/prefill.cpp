@@ -2,14 +2,15 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 
 namespace marlin::plan {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#define MARLIN_SM90_PREFILL(tokens, stage_blocks, reason) \
-  PrefillKernel{0, PrefillTile{tokens, stage_blocks}, reason},
+#define MARLIN_SM90_PREFILL(tokens, row_blocks, stage_blocks, reason) \
+  PrefillKernel{0, PrefillTile{tokens, row_blocks, stage_blocks}, reason},
 
 auto numbered_table() {
   auto table = std::to_array<PrefillKernel>({
@@ -20,6 +21,10 @@ auto numbered_table() {
 }
 
 #undef MARLIN_SM90_PREFILL
+
+// Of the tiles done at once, about as many share a tile of tokens as share a tile of weights, counted in
+// bytes.
+constexpr int kTokenGroup = 8;
 
 constexpr int kClusters[] = {1, 2, 4, 8};
 
@@ -34,7 +39,7 @@ int clusters_at_once(int cluster, int sm_count) {
 double estimated_us(const PrefillPlan& plan) {
   const PrefillTile& tile = plan.kernel.tile;
   const double piece = 0.178 * tile.stage_blocks * tile.tokens / 128 * plan.stages_per_block;
-  const int64_t tiles = ceil_div(plan.pieces_per_cluster, PrefillTile::kRowBlocks);
+  const int64_t tiles = ceil_div(plan.pieces_per_cluster, tile.row_blocks);
   const double finish = plan.cluster == 1 ? 0.5 : 1.5 + 0.1 * plan.cluster;
   return static_cast<double>(plan.pieces_per_cluster) * piece +
          static_cast<double>(tiles) * finish;
@@ -69,13 +74,17 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Pr
   plan.stages_per_block = static_cast<int>(ceil_div(stages, plan.cluster));
   const int64_t pieces = int64_t{plan.row_blocks} * plan.token_tiles;
   const int64_t clusters = std::max(clusters_at_once(plan.cluster, problem.device.sm_count), 1);
-  int64_t each = ceil_div(pieces, clusters);
-  // Long runs in whole tiles: a tile of one piece takes a quarter of the warpgroups.
-  if (each > 4 * PrefillTile::kRowBlocks) {
-    each = ceil_div(each, PrefillTile::kRowBlocks) * PrefillTile::kRowBlocks;
+  const int64_t each = ceil_div(pieces, clusters), rows = kernel.tile.row_blocks;
+  plan.row_tiles = static_cast<int>(ceil_div(plan.row_blocks, rows));
+  if (each > (getenv("MARLIN_TH") ? atoi(getenv("MARLIN_TH")) : 4) * rows) {
+    const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles;
+    plan.token_group = getenv("MARLIN_TG") ? atoi(getenv("MARLIN_TG")) : kTokenGroup;
+    plan.pieces_per_cluster = static_cast<int>(ceil_div(tiles, clusters) * rows);
+    plan.blocks = static_cast<int>(std::min(tiles, clusters)) * plan.cluster;
+  } else {
+    plan.pieces_per_cluster = static_cast<int>(each);
+    plan.blocks = static_cast<int>(ceil_div(pieces, each)) * plan.cluster;
   }
-  plan.pieces_per_cluster = static_cast<int>(each);
-  plan.blocks = static_cast<int>(ceil_div(pieces, each)) * plan.cluster;
   return plan;
 }
 

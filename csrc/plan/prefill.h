@@ -11,13 +11,13 @@
 namespace marlin::plan {
 
 struct PrefillTile {
-  int tokens, stage_blocks;
+  int tokens, row_blocks, stage_blocks;
 
-  static constexpr int kRowBlocks = 4;  // of 64 output features, one per consumer warpgroup
-  static constexpr int kConsumers = 128 * kRowBlocks, kThreads = kConsumers + 128;
   static constexpr int kLeastPeriod = 32;  // the least columns between scales
 
-  constexpr int rows() const { return 64 * kRowBlocks; }
+  constexpr int rows() const { return 64 * row_blocks; }
+  constexpr int consumers() const { return 128 * row_blocks; }  // a warpgroup per row block
+  constexpr int threads() const { return consumers() + 128; }
   constexpr int stage_k() const { return 64 * stage_blocks; }
 
   // A stage in shared memory; offsets in bytes. The activations come first: their swizzle wants
@@ -56,16 +56,19 @@ struct PrefillKernel {
 
 std::span<const PrefillKernel> prefill_kernels();
 
-// The work is row_blocks * token_tiles pieces of 64 output features by one tile of tokens, token tile by
-// token tile. Each cluster does `pieces_per_cluster` of them in turn, up to kRowBlocks at a time, and
-// its blocks share the k of each.
+// The work is row_blocks * token_tiles pieces of 64 output features by one tile of tokens. Clusters do
+// them in tiles of up to tile.row_blocks pieces, and the blocks of a cluster share the k of each.
+//   token_group == 0: each cluster does a run of `pieces_per_cluster`, token tile by token tile.
+//   token_group > 0:  cluster c does whole tiles c, c + clusters, ... of an order that goes through
+//                     groups of so many token tiles, row tile by row tile, token tile by token tile.
 struct PrefillPlan {
   PrefillKernel kernel;
   int period;  // columns between scales: 32, 64, or 128 for all longer groups
-  int row_blocks, token_tiles;
+  int row_blocks, row_tiles, token_tiles;
   int cluster;           // blocks that share the k of a tile
   int stages_per_block;  // of one tile
   int pieces_per_cluster;
+  int token_group;
   int blocks;
 };
 

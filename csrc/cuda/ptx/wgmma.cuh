@@ -51,6 +51,16 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[kTokens / 2], const uint
 #define MARLIN_NAMES_48 MARLIN_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define MARLIN_NAMES_56 MARLIN_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define MARLIN_NAMES_64 MARLIN_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define MARLIN_NAMES_96 \
+  MARLIN_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71" \
+                  ", %72, %73, %74, %75, %76, %77, %78, %79" \
+                  ", %80, %81, %82, %83, %84, %85, %86, %87" \
+                  ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define MARLIN_NAMES_128 \
+  MARLIN_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103" \
+                  ", %104, %105, %106, %107, %108, %109, %110, %111" \
+                  ", %112, %113, %114, %115, %116, %117, %118, %119" \
+                  ", %120, %121, %122, %123, %124, %125, %126, %127"
 
 // One instruction for one type. `inputs` names what follows the accumulators: A, B's descriptor;
 // `predicate` the last operand.
@@ -80,10 +90,14 @@ MARLIN_WGMMA(80, MARLIN_NAMES_40, "{%40, %41, %42, %43}, %44", "%45", MARLIN_D32
 MARLIN_WGMMA(96, MARLIN_NAMES_48, "{%48, %49, %50, %51}, %52", "%53", MARLIN_D32(0), MARLIN_D16(32))
 MARLIN_WGMMA(112, MARLIN_NAMES_56, "{%56, %57, %58, %59}, %60", "%61", MARLIN_D32(0), MARLIN_D16(32), MARLIN_D8(48))
 MARLIN_WGMMA(128, MARLIN_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", MARLIN_D32(0), MARLIN_D32(32))
+MARLIN_WGMMA(192, MARLIN_NAMES_96, "{%96, %97, %98, %99}, %100", "%101", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64))
+MARLIN_WGMMA(256, MARLIN_NAMES_128, "{%128, %129, %130, %131}, %132", "%133", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64), MARLIN_D32(96))
 // clang-format on
 
 #undef MARLIN_WGMMA
 #undef MARLIN_WGMMA_OF
+#undef MARLIN_NAMES_128
+#undef MARLIN_NAMES_96
 #undef MARLIN_NAMES_64
 #undef MARLIN_NAMES_56
 #undef MARLIN_NAMES_48

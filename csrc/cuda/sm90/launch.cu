@@ -96,12 +96,14 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
   describe(p, args, operands, tile.tokens, tile.rows(), tile.stage_blocks, plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
-  p.pieces = plan.row_blocks * plan.token_tiles;
+  p.row_tiles = plan.row_tiles;
+  p.token_tiles = plan.token_tiles;
+  p.token_group = plan.token_group;
   p.pieces_per_cluster = plan.pieces_per_cluster;
   p.stages = static_cast<int>(layout::ceil_div(args.k, int64_t{tile.stage_k()}));
   p.stages_per_block = plan.stages_per_block;
   p.cluster = plan.cluster;
-  start(prefill_instance<Element>(plan.kernel.id, plan.period), p, plan.blocks, tile.kThreads,
+  start(prefill_instance<Element>(plan.kernel.id, plan.period), p, plan.blocks, tile.threads(),
         tile.shared_bytes(), plan.cluster, stream);
 }
 

@@ -26,47 +26,70 @@ template <typename Element>
 struct PrefillParams : LayerParams<Element> {
   int period_log2;         // of the columns between scales: 5, 6 or 7
   int groups_per_block;    // rows of scales from 64 columns of a stage to the next: 0 or 1
-  int pieces;              // row blocks x token tiles
-  int pieces_per_cluster;  // of them, in turn
+  int row_tiles, token_tiles;
+  int pieces_per_cluster;  // row blocks of a token tile that a cluster does; not used where
+  int token_group;         // not 0: clusters do whole tiles, in groups of so many token tiles
   int stages, stages_per_block;
   int cluster;  // blocks that share a tile's k
 };
 
-template <int kTokens_, int kStageBlocks_, int kPeriod_>
+template <int kTokens_, int kRowBlocks_, int kStageBlocks_, int kPeriod_>
 struct PrefillShape {
-  static constexpr plan::PrefillTile kTile{kTokens_, kStageBlocks_};
+  static constexpr plan::PrefillTile kTile{kTokens_, kRowBlocks_, kStageBlocks_};
   static constexpr int kTokens = kTokens_, kStageBlocks = kStageBlocks_;
   static constexpr int kPeriod = kPeriod_;  // 32: columns between scales. 64: or more
-  static constexpr int kRowBlocks = kTile.kRowBlocks, kRows = kTile.rows();
-  static constexpr int kConsumers = kTile.kConsumers;
+  static constexpr int kRowBlocks = kRowBlocks_, kRows = kTile.rows();
+  static constexpr int kConsumers = kTile.consumers();
   static constexpr int kStages = kTile.stages(), kStageBytes = kTile.stage_bytes();
   static constexpr int kRowBlockBytes = kStageBlocks * layout::kBytesPerBlock;
   static constexpr int kInputAt = 0, kWeightsAt = kTile.input_bytes();
   static constexpr int kScalesAt = kTile.scales_at(), kZerosAt = kTile.zeros_at();
   static constexpr int kOutputAt = kTile.output_at(), kBarriersAt = kTile.barriers_at();
   static constexpr int kSumStride = kTile.sum_stride();
+  // Per thread; together, what the block's threads have at its launch.
+  static constexpr int kProducerRegisters = kRowBlocks == 4 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kRowBlocks == 4 ? 112 : 232;
   static_assert(kStages >= 3 && kTokens % 16 == 0);
   static_assert(kTokens * kSumStride * 4 <= kOutputAt);
 };
 
 // The tiles of this block's cluster, in turn. What can be computed is not kept: registers are short.
+// Few pieces: a run of neighbours, in tiles of as many as one token tile has left.
+// Many: every so-many-th whole tile of an order in which those that are done at the same time share
+// weights and activations, which then come from the L2 cache.
 template <typename Element, typename S>
 struct TileCursor {
   const PrefillParams<Element>& p;
-  int piece;
+  int at;  // a piece of a run, or a tile
 
-  __device__ explicit TileCursor(const PrefillParams<Element>& params)
-      : p(params), piece(static_cast<int>(blockIdx.x) / p.cluster * p.pieces_per_cluster) {}
-  __device__ int last() const {
-    const int first = static_cast<int>(blockIdx.x) / p.cluster * p.pieces_per_cluster;
-    return min(first + p.pieces_per_cluster, p.pieces);
+  __device__ explicit TileCursor(const PrefillParams<Element>& params) : p(params) {
+    at = cluster() * (p.token_group ? 1 : p.pieces_per_cluster);
   }
-  __device__ bool valid() const { return piece < last(); }
-  __device__ void advance() { piece += pieces(); }
-  __device__ int row_block() const { return piece % p.n_blocks; }
-  __device__ int token() const { return piece / p.n_blocks * S::kTokens; }
+  __device__ int cluster() const { return static_cast<int>(blockIdx.x) / p.cluster; }
+  __device__ int last() const {
+    return p.token_group ? p.row_tiles * p.token_tiles
+                         : min((cluster() + 1) * p.pieces_per_cluster, p.n_blocks * p.token_tiles);
+  }
+  __device__ bool valid() const { return at < last(); }
+  __device__ void advance() {
+    at += p.token_group ? static_cast<int>(gridDim.x) / p.cluster : pieces();
+  }
+  // Of the group of token tiles that a whole tile is in: its first, and how many it has.
+  __device__ int group_first() const {
+    return at / (p.token_group * p.row_tiles) * p.token_group;
+  }
+  __device__ int group_size() const { return min(p.token_group, p.token_tiles - group_first()); }
+  __device__ int row_block() const {
+    if (!p.token_group) return at % p.n_blocks;
+    return at % (p.token_group * p.row_tiles) / group_size() * S::kRowBlocks;
+  }
+  __device__ int token() const {
+    if (!p.token_group) return at / p.n_blocks * S::kTokens;
+    return (group_first() + at % (p.token_group * p.row_tiles) % group_size()) * S::kTokens;
+  }
   __device__ int pieces() const {
-    return min(S::kRowBlocks, min(last() - piece, p.n_blocks - row_block()));
+    const int left = p.n_blocks - row_block();
+    return min(S::kRowBlocks, p.token_group ? left : min(left, last() - at));
   }
   // This block's share of the tile's k.
   __device__ int first_stage() const {
@@ -389,7 +412,7 @@ struct PrefillConsumer {
 };
 
 template <typename Element, typename S>
-__global__ void __launch_bounds__(S::kTile.kThreads, 1)
+__global__ void __launch_bounds__(S::kTile.threads(), 1)
     prefill_kernel(const __grid_constant__ PrefillParams<Element> p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char unaligned[];
@@ -405,12 +428,12 @@ __global__ void __launch_bounds__(S::kTile.kThreads, 1)
   if (p.static_weights) ptx::let_next_kernel_start();
   __syncthreads();
   if (threadIdx.x >= S::kConsumers) {
-    ptx::give_registers<32>();
+    ptx::give_registers<S::kProducerRegisters>();
     const int warp = __shfl_sync(
         0xffffffffu, static_cast<int>(threadIdx.x) / 32 - S::kConsumers / 32, 0);
     PrefillProducer<Element, S>{p, ptx::shared_address(shared), full, empty}.run(warp);
   } else {
-    ptx::take_registers<112>();
+    ptx::take_registers<S::kConsumerRegisters>();
     ptx::wait_for_earlier_kernels();
     if (!p.static_weights) ptx::let_next_kernel_start();
     PrefillConsumer<Element, S>(p, shared, full, empty).run();
