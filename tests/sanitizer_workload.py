@@ -16,14 +16,16 @@ from operands import DTYPES, make_input, make_weight
 import marlin  # noqa: F401 - loads the ops
 from marlin import _inspect
 
-# (N, K), tokens, multiprocessors: what makes the planner take Hopper's kernels of 128 rows, whole
-# tiles and tiles split across a cluster. tests/test_inspect.py checks that no kernel is left out.
+# (N, K), tokens, multiprocessors: what makes the planner take Hopper's decode kernels of 128 rows,
+# whole tiles and tiles split across a cluster. tests/test_inspect.py checks that none is left out.
 NARROW, NARROW_TOKENS, NARROW_SMS = (
     ((72, 200, 32), (77, 301, 128), (320, 5000, 64)),
     (1, 9, 20, 70),
     (0, 3),
 )
 WIDE, WIDE_TOKENS, WIDE_SMS = (25700, 2100), (9, 20), (0, 1000)
+FORCED_FAMILIES = ("sm80", "sm90_prefill")
+PREFILL_CLUSTERS, PREFILL_SMS = (1, 3), (0, 3)
 
 
 def multiply_wide() -> None:
@@ -56,7 +58,29 @@ def multiply() -> None:
                         _inspect.force_plan(id, sms=sms)
                         for m in NARROW_TOKENS if id == -1 else (7,):
                             x = make_input(m, k, dtype=dtype, device="cuda")
-                            reference.assert_close(w.gemm(x), x, dense, w.bias)
+                            rounded = False if id >= 0 else None
+                            reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=rounded)
+    _inspect.force_plan()
+
+
+def multiply_prefill() -> None:
+    """Every prefill kernel, alone and in clusters, in runs of pieces and in groups of whole tiles."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    for dtype, group_size, full in ((DTYPES[0], 128, False), (DTYPES[1], 32, True)):
+        w = make_weight(
+            1000, 700, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
+        )
+        dense = w.dense64()
+        for kernel in _inspect.plans():
+            if kernel["family"] != "sm90_prefill":
+                continue
+            for cluster in PREFILL_CLUSTERS:
+                for sms in PREFILL_SMS:
+                    _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
+                    for m in (33, 300):
+                        x = make_input(m, 700, dtype=dtype, device="cuda")
+                        reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=True)
     _inspect.force_plan()
 
 
@@ -80,6 +104,7 @@ def main() -> int:
     pack()
     multiply()
     multiply_wide()
+    multiply_prefill()
     torch.cuda.synchronize()
     print("sanitizer workload: done")
     return 0

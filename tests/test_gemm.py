@@ -114,24 +114,55 @@ def test_one_hot_inputs_read_out_the_weight(
 @pytest.mark.gpu
 @pytest.mark.parametrize("sms", [0, 3], ids=["all-sms", "3-sms"])
 def test_every_kernel(sms: int) -> None:
-    """Also those that the planner keeps for other GPUs; with long runs of units per block."""
+    """Also those that the planner keeps for other GPUs; with long runs of work per block, and with k
+    shared by the blocks of clusters that divide nothing evenly."""
     from marlin import _inspect
 
     try:
-        for kernel in [*_inspect.plans(), None]:
-            if kernel is not None and kernel["family"] != "sm80":
+        for kernel in _inspect.plans():
+            family = kernel["family"]
+            if family != "sm80" and torch.cuda.get_device_capability() != (9, 0):
                 continue
-            _inspect.force_plan(-1 if kernel is None else kernel["id"], sms=sms)
-            for options in (False, True):
-                for dtype in DTYPES:
-                    weight = make_weight(
-                        712, 5000, 32 if options else 128, dtype=dtype, device="cuda",
-                        zeros=options, perm=options, bias=options,
-                    )  # fmt: skip
-                    dense = weight.dense64()
-                    for m in (1, 11, 30, 150):
-                        x = make_input(m, 5000, dtype=dtype, device="cuda")
-                        reference.assert_close(weight.gemm(x), x, dense, weight.bias)
+            clusters = {"sm80": (1,), "sm90_decode": (1, 2), "sm90_prefill": (1, 2, 3, 8)}[family]
+            for cluster in clusters:
+                _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
+                for options in (False, True):
+                    for dtype in DTYPES:
+                        weight = make_weight(
+                            712, 5000, 32 if options else 128, dtype=dtype, device="cuda",
+                            zeros=options, perm=options, bias=options,
+                        )  # fmt: skip
+                        dense = weight.dense64()
+                        for m in (1, 11, 30, 150):
+                            if family == "sm90_decode" and m > kernel["tokens"]:
+                                continue
+                            x = make_input(m, 5000, dtype=dtype, device="cuda")
+                            reference.assert_close(
+                                weight.gemm(x), x, dense, weight.bias,
+                                rounded=family == "sm90_prefill",
+                            )  # fmt: skip
+    finally:
+        _inspect.force_plan()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_hot_inputs_through_every_kernel(dtype: torch.dtype) -> None:
+    from marlin import _inspect
+
+    n, k = 200, 392
+    weight = make_weight(n, k, 32, dtype=dtype, device="cuda", zeros=True)
+    x = torch.eye(k, dtype=dtype, device="cuda")
+    expected = weight.dense64().T.float().to(dtype)
+    try:
+        for kernel in _inspect.plans():
+            if kernel["family"] != "sm80" and torch.cuda.get_device_capability() != (9, 0):
+                continue
+            _inspect.force_plan(kernel["id"])
+            for m in {min(kernel["tokens"], k), k}:
+                for first in range(0, k, m):
+                    rows = slice(first, first + m)
+                    assert torch.equal(weight.gemm(x[rows]), expected[rows]), kernel["name"]
     finally:
         _inspect.force_plan()
 
@@ -144,7 +175,8 @@ def test_more_than_2_to_the_31_outputs() -> None:
     y = weight.gemm(x)
     assert y.numel() > 2**31
     for rows in (slice(0, 16), slice(m - 16, m)):
-        reference.assert_close(y[rows], x[rows], weight.dense64())
+        rounded = reference.rounds_weights(m, n, k)
+        reference.assert_close(y[rows], x[rows], weight.dense64(), rounded=rounded)
 
 
 @pytest.mark.gpu

@@ -49,9 +49,9 @@ def test_plan_for_asks_for_the_gpu() -> None:
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("arguments", [{"id": -2}, {"id": 999}, {"sms": -1}], ids=str)
+@pytest.mark.parametrize("arguments", [{"id": -2}, {"id": 999}, {"sms": -1}, {"cluster": 9}], ids=str)
 def test_force_plan_refuses(arguments: dict[str, int]) -> None:
-    with pytest.raises(RuntimeError, match="no such kernel or number of multiprocessors"):
+    with pytest.raises(RuntimeError, match="no such kernel, number of multiprocessors or cluster"):
         _inspect.force_plan(**arguments)
 
 
@@ -79,7 +79,7 @@ def test_sanitizers_reach_every_kernel() -> None:
         chosen(m, *workload.WIDE, sms) for m in workload.WIDE_TOKENS for sms in workload.WIDE_SMS
     }
     for plan in _inspect.plans():
-        if plan["family"] == "sm80":
-            continue  # forced one by one
+        if plan["family"] in workload.FORCED_FAMILIES:
+            continue  # one by one
         for cluster in (1, 2):
             assert (plan["name"], cluster) in taken, f"{plan['name']}, cluster {cluster}"

@@ -18,9 +18,10 @@ struct KernelAttributes {
 // Of the GEMM kernel number `id` of the plan table.
 KernelAttributes kernel_attributes(int id, DType dtype);
 
-// For tests and benchmarks: until called again, every gemm of the process runs kernel `id` of the first
-// table (-1: whatever the planner chooses), as if the device had `sm_count` multiprocessors (0: as many
-// as it has). A kernel that does not fit the problem still gives the right result.
+// For tests and benchmarks: until called again, every gemm of the process that it can do runs kernel
+// `id` of `marlin._inspect.plans` (-1: whatever the planner chooses), on Hopper in clusters of
+// `cluster` blocks that share k (0: one), as if the device had `sm_count` multiprocessors (0: as many
+// as it has).
 void force_plan(int id, int sm_count, int cluster);
 
 }  // namespace marlin::cuda

@@ -64,12 +64,13 @@ __device__ __forceinline__ void convert(uint32_t (&fragment)[4], uint32_t word,
 
 // A fragment times the scales of its rows, rounded: scale[i] holds that of row g + 8i twice.
 template <typename Element>
-__device__ __forceinline__ void multiply_pairs(uint32_t (&fragment)[4], const uint32_t (&scale)[2]) {
+__device__ __forceinline__ void multiply_pairs(uint32_t (&fragment)[4],
+                                               const uint32_t (&scale)[2]) {
   using P = Pair<Element>;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const P value = __hmul2(reinterpret_cast<const P&>(fragment[r]),
-                            reinterpret_cast<const P&>(scale[r % 2]));
+    const P value =
+        __hmul2(reinterpret_cast<const P&>(fragment[r]), reinterpret_cast<const P&>(scale[r % 2]));
     fragment[r] = reinterpret_cast<const uint32_t&>(value);
   }
 }

@@ -1,7 +1,6 @@
 // From a GEMM's arguments to kernel launches: which family of kernels, and its plan.
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <mutex>
 #include <vector>
 
@@ -47,6 +46,7 @@ plan::Device current_device() {
     device.sm = major * 10 + minor;
 #ifdef MARLIN_WITH_SM90
     device.wgmma = device.sm == 90;
+    if (device.wgmma) device.clusters = sm90::clusters_at_once();
 #endif
   }
   return device;
@@ -63,7 +63,10 @@ int kernel_count() {
 template <typename F>
 decltype(auto) with_plan(const Gemm& args, F&& run) {
   plan::Problem problem{args.m, args.n, args.k, args.group_size, current_device()};
-  if (const int sm_count = forced_sm_count) problem.device.sm_count = sm_count;
+  if (const int sm_count = forced_sm_count) {
+    problem.device.sm_count = sm_count;
+    problem.device.clusters = {};
+  }
   const int forced = forced_kernel, cluster = std::max<int>(forced_cluster, 1);
   const int decode = forced - static_cast<int>(plan::kernels().size());
   const int prefill = decode - static_cast<int>(plan::decode_kernels().size());
@@ -91,8 +94,8 @@ int64_t gemm_workspace_bytes(const Gemm& args) {
 }
 
 void force_plan(int id, int sm_count, int cluster) {
-  if (id < -1 || id >= kernel_count() || sm_count < 0 || cluster < 0 || cluster > 8 ||
-      std::popcount(static_cast<unsigned>(cluster)) > 1) {
+  if (id < -1 || id >= kernel_count() || sm_count < 0 || cluster < 0 ||
+      cluster > plan::Device::kLargestCluster) {
     throw std::runtime_error(
         "marlin: force_plan: no such kernel, number of multiprocessors or cluster");
   }

@@ -1,6 +1,7 @@
 // The choice of a kernel and of the partition of its work: pure host code, no CUDA, no torch.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -14,6 +15,11 @@ struct Device {
   int sm_count = 0;      // multiprocessors
   int shared_bytes = 0;  // the most shared memory a block may ask for
   bool wgmma = false;    // Hopper, and this build holds code for it
+  // How many clusters of c blocks run at once, one block per multiprocessor; 0: as in clusters_of.
+  std::array<int, 9> clusters = {};
+
+  static constexpr int kLargestCluster = 8;
+  int clusters_of(int size) const;
 };
 
 // The shared memory that a block may have on GPUs of a compute capability (CUDA programming guide,

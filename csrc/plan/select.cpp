@@ -53,6 +53,15 @@ int shared_bytes_of(int sm) {
   return kb * 1024;
 }
 
+// A cluster lies within one GPC, whose multiprocessors it need not divide; an H200 has 132 in GPCs of
+// 16 and 18, and cudaOccupancyMaxActiveClusters gives these numbers for it.
+int Device::clusters_of(int size) const {
+  constexpr int kH200[] = {0, 132, 66, 39, 30, 22, 17, 15, 15};
+  if (clusters[size]) return clusters[size];
+  if (sm_count == 132) return kH200[size];
+  return std::max((size <= 2 ? sm_count : sm_count * 7 / 8) / size, 1);
+}
+
 Plan plan_with(const Kernel& kernel, const Problem& problem) {
   Plan plan{kernel, partition_of(kernel.tile, problem), 0};
   if (plan.partition.splits_tiles()) {

@@ -9,6 +9,7 @@
 
 #include "plan/decode.h"
 #include "plan/plan.h"
+#include "plan/prefill.h"
 
 namespace {
 
@@ -131,6 +132,59 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
     }
   }
   EXPECT_FALSE(select_decode({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
+}
+
+// What the prefill kernels do with a plan, in miniature: every piece of 64 output features by a tile of
+// tokens is some cluster's, once, and every stage of its k some block's.
+void check_prefill(const Problem& problem, const PrefillPlan& plan) {
+  const PrefillTile& tile = plan.kernel.tile;
+  ASSERT_GE(plan.row_blocks * int64_t{64}, problem.n);
+  ASSERT_GE(plan.token_tiles * int64_t{tile.tokens}, problem.m);
+  ASSERT_LE(tile.shared_bytes(), problem.device.shared_bytes);
+  const int64_t stages = (problem.k + tile.stage_k() - 1) / tile.stage_k();
+  ASSERT_GE(int64_t{plan.stages_per_block} * plan.cluster, stages);
+  ASSERT_LT(int64_t{plan.stages_per_block} * (plan.cluster - 1), stages) << "an idle block";
+  ASSERT_EQ(plan.blocks % plan.cluster, 0);
+  const int clusters = plan.blocks / plan.cluster;
+  ASSERT_LE(clusters, problem.device.clusters_of(plan.cluster));
+  std::vector<int> done(static_cast<size_t>(plan.row_blocks) * plan.token_tiles);
+  for (int cluster = 0; cluster < clusters; ++cluster) {
+    if (plan.token_group == 0) {
+      const int begin = cluster * plan.pieces_per_cluster;
+      const int end = std::min<int64_t>(begin + plan.pieces_per_cluster, done.size());
+      ASSERT_LT(begin, end) << "an idle cluster";
+      for (int piece = begin; piece < end; ++piece) ++done[piece];
+      continue;
+    }
+    for (int at = cluster; at < plan.row_tiles * plan.token_tiles; at += clusters) {
+      const int of_group = plan.token_group * plan.row_tiles;
+      const int first = at / of_group * plan.token_group;
+      const int size = std::min(plan.token_group, plan.token_tiles - first);
+      const int row_block = at % of_group / size * tile.row_blocks;
+      const int token_tile = first + at % of_group % size;
+      for (int r = row_block; r < std::min(row_block + tile.row_blocks, plan.row_blocks); ++r) {
+        ++done[static_cast<size_t>(token_tile) * plan.row_blocks + r];
+      }
+    }
+  }
+  for (const int times : done) ASSERT_EQ(times, 1);
+}
+
+TEST(Plan, PrefillDoesEverythingOnce) {
+  std::mt19937 random(5);
+  const auto up_to = [&](int64_t most) { return 1 + static_cast<int64_t>(random() % most); };
+  for (int i = 0; i < 3000; ++i) {
+    Problem problem{up_to(i % 2 ? 600 : 9000), up_to(9000), up_to(9000), 128, device_of(90, 132)};
+    problem.device.wgmma = true;
+    if (i % 3 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
+    const auto chosen = select_prefill(problem);
+    ASSERT_TRUE(chosen.has_value());
+    ASSERT_NO_FATAL_FAILURE(check_prefill(problem, *chosen));
+    const auto& kernel = prefill_kernels()[random() % prefill_kernels().size()];
+    const auto cluster = static_cast<int>(up_to(Device::kLargestCluster));
+    ASSERT_NO_FATAL_FAILURE(check_prefill(problem, prefill_plan_with(kernel, cluster, problem)));
+  }
+  EXPECT_FALSE(select_prefill({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
 }
 
 TEST(Plan, LargestProblemsDoNotOverflow) {

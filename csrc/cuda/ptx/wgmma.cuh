@@ -51,34 +51,36 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[kTokens / 2], const uint
 #define MARLIN_NAMES_48 MARLIN_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define MARLIN_NAMES_56 MARLIN_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define MARLIN_NAMES_64 MARLIN_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define MARLIN_NAMES_96 \
-  MARLIN_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71" \
-                  ", %72, %73, %74, %75, %76, %77, %78, %79" \
-                  ", %80, %81, %82, %83, %84, %85, %86, %87" \
-                  ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define MARLIN_NAMES_128 \
-  MARLIN_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103" \
-                  ", %104, %105, %106, %107, %108, %109, %110, %111" \
-                  ", %112, %113, %114, %115, %116, %117, %118, %119" \
-                  ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define MARLIN_NAMES_96                          \
+  MARLIN_NAMES_64                                \
+      ", %64, %65, %66, %67, %68, %69, %70, %71" \
+      ", %72, %73, %74, %75, %76, %77, %78, %79" \
+      ", %80, %81, %82, %83, %84, %85, %86, %87" \
+      ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define MARLIN_NAMES_128                                 \
+  MARLIN_NAMES_96                                        \
+      ", %96, %97, %98, %99, %100, %101, %102, %103"     \
+      ", %104, %105, %106, %107, %108, %109, %110, %111" \
+      ", %112, %113, %114, %115, %116, %117, %118, %119" \
+      ", %120, %121, %122, %123, %124, %125, %126, %127"
 
 // One instruction for one type. `inputs` names what follows the accumulators: A, B's descriptor;
 // `predicate` the last operand.
-#define MARLIN_WGMMA_OF(element, type, tokens, names, inputs, predicate, ...)                     \
-  template <>                                                                                     \
-  __device__ __forceinline__ void wgmma_m64k16<element, tokens>(                                  \
-      float (&d)[tokens / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {              \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, " predicate                                       \
-                 ", 0;"                                                                           \
-                 "wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." type "." type " {" names  \
-                 "}, " inputs ", p, 1, 1, 0;}"                                                    \
-                 : __VA_ARGS__                                                                    \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                            \
-                   "r"(static_cast<int>(accumulate)));                                            \
+#define MARLIN_WGMMA_OF(element, type, tokens, names, inputs, predicate, ...)                    \
+  template <>                                                                                    \
+  __device__ __forceinline__ void wgmma_m64k16<element, tokens>(                                 \
+      float(&d)[tokens / 2], const uint32_t(&a)[4], uint64_t b, bool accumulate) {               \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " predicate                                      \
+                 ", 0;"                                                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." type "." type " {" names \
+                 "}, " inputs ", p, 1, 1, 0;}"                                                   \
+                 : __VA_ARGS__                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                           \
+                   "r"(static_cast<int>(accumulate)));                                           \
   }
 
-#define MARLIN_WGMMA(tokens, names, inputs, predicate, ...)                             \
-  MARLIN_WGMMA_OF(__half, "f16", tokens, names, inputs, predicate, __VA_ARGS__)         \
+#define MARLIN_WGMMA(tokens, names, inputs, predicate, ...)                     \
+  MARLIN_WGMMA_OF(__half, "f16", tokens, names, inputs, predicate, __VA_ARGS__) \
   MARLIN_WGMMA_OF(__nv_bfloat16, "bf16", tokens, names, inputs, predicate, __VA_ARGS__)
 
 // clang-format off

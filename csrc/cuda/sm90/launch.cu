@@ -30,10 +30,9 @@ void describe(LayerParams<Element>& p, const Gemm& args, const Operands<Element>
   const int stage_groups = groups == 1 ? 1 : std::max(stage_blocks * 64 / period, 1);
   const std::array<uint32_t, 2> scale_box{static_cast<uint32_t>(rows),
                                           static_cast<uint32_t>(stage_groups)};
-  p.input = tensor_map(kMapType<Element>, operands.input, {{64, m, columns / 64}},
-                       {{input_stride * 2, 128}},
-                       {{64, static_cast<uint32_t>(tokens), static_cast<uint32_t>(stage_blocks)}},
-                       true);
+  p.input = tensor_map(
+      kMapType<Element>, operands.input, {{64, m, columns / 64}}, {{input_stride * 2, 128}},
+      {{64, static_cast<uint32_t>(tokens), static_cast<uint32_t>(stage_blocks)}}, true);
   p.scales = tensor_map(kMapType<Element>, operands.scales, {{n, groups}}, {{scale_stride * 2}},
                         scale_box, false);
   if (operands.zeros) {
@@ -74,6 +73,29 @@ void start(void (*kernel)(Params), const Params& params, int blocks, int threads
 }
 
 }  // namespace
+
+std::array<int, 9> clusters_at_once() {
+  std::array<int, 9> out{};
+  const plan::PrefillKernel& kernel = plan::prefill_kernels().front();
+  const auto function = prefill_instance<__half>(kernel.id, 128);
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kernel.tile.shared_bytes()),
+        "cudaFuncSetAttribute");
+  for (int size = 1; size <= plan::Device::kLargestCluster; ++size) {
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(size));
+    config.blockDim = dim3(static_cast<unsigned>(kernel.tile.threads()));
+    config.dynamicSmemBytes = static_cast<size_t>(kernel.tile.shared_bytes());
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    check(cudaOccupancyMaxActiveClusters(&out[size], function, &config),
+          "cudaOccupancyMaxActiveClusters");
+  }
+  return out;
+}
 
 template <typename Element>
 void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cudaStream_t stream) {

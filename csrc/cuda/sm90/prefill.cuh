@@ -24,8 +24,8 @@ namespace marlin::cuda::sm90 {
 
 template <typename Element>
 struct PrefillParams : LayerParams<Element> {
-  int period_log2;         // of the columns between scales: 5, 6 or 7
-  int groups_per_block;    // rows of scales from 64 columns of a stage to the next: 0 or 1
+  int period_log2;       // of the columns between scales: 5, 6 or 7
+  int groups_per_block;  // rows of scales from 64 columns of a stage to the next: 0 or 1
   int row_tiles, token_tiles;
   int pieces_per_cluster;  // row blocks of a token tile that a cluster does; not used where
   int token_group;         // not 0: clusters do whole tiles, in groups of so many token tiles
@@ -75,9 +75,7 @@ struct TileCursor {
     at += p.token_group ? static_cast<int>(gridDim.x) / p.cluster : pieces();
   }
   // Of the group of token tiles that a whole tile is in: its first, and how many it has.
-  __device__ int group_first() const {
-    return at / (p.token_group * p.row_tiles) * p.token_group;
-  }
+  __device__ int group_first() const { return at / (p.token_group * p.row_tiles) * p.token_group; }
   __device__ int group_size() const { return min(p.token_group, p.token_tiles - group_first()); }
   __device__ int row_block() const {
     if (!p.token_group) return at % p.n_blocks;
@@ -243,9 +241,8 @@ struct PrefillConsumer {
 
   // Scales, in both halves of a register, for rows g and g + 8; and what to subtract from nibbles.
   struct RowFactors {
-    uint32_t scale[2], subtrahend[2] = {
-        layout::subtrahend<Format>(layout::kSymmetricZero, 0),
-        layout::subtrahend<Format>(layout::kSymmetricZero, 1)};
+    uint32_t scale[2], subtrahend[2] = {layout::subtrahend<Format>(layout::kSymmetricZero, 0),
+                                        layout::subtrahend<Format>(layout::kSymmetricZero, 1)};
   };
 
   __device__ void load(RowFactors& factors, uint32_t stage, int group) const {
@@ -274,13 +271,18 @@ struct PrefillConsumer {
       ptx::mbarrier_wait(full + 8 * slot, parity);
       const uint32_t stage = slot * S::kStageBytes;
       const uint64_t b = descriptor + stage / 16;
+      uint4 words[S::kStageBlocks];  // loaded together: their latency then shows once
 #pragma unroll
       for (int block = 0; block < S::kStageBlocks; ++block) {
-        const auto word =
-            ptx::load_shared<uint4>(words_at + stage + block * layout::kBytesPerBlock);
+        words[block] = ptx::load_shared<uint4>(words_at + stage + block * layout::kBytesPerBlock);
+      }
+#pragma unroll
+      for (int block = 0; block < S::kStageBlocks; ++block) {
+        const uint4& word = words[block];
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
-          load(factors[set], stage, S::kPeriod == 32 ? block * 2 + set : block * p.groups_per_block);
+          load(factors[set], stage,
+               S::kPeriod == 32 ? block * 2 + set : block * p.groups_per_block);
         }
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
@@ -333,8 +335,8 @@ struct PrefillConsumer {
     const int tokens = min(kTokens, p.m - tile.token());
     for (int i = thread; i < tokens * 8; i += 128) {
       const int token = i / 8, chunk = i % 8;
-      const auto value = *reinterpret_cast<const uint4*>(buffer + token * 128 +
-                                                         (chunk ^ token % 8) * 16);
+      const auto value =
+          *reinterpret_cast<const uint4*>(buffer + token * 128 + (chunk ^ token % 8) * 16);
       store_chunk(value, tile.token() + token, row + chunk * 8);
     }
     ptx::sync_warpgroup(warpgroup);  // the next tile's outputs come to the same place
@@ -369,8 +371,10 @@ struct PrefillConsumer {
   // Adds the cluster's sums in the order of rank and stores this block's share of the tokens.
   __device__ void store_share(const TileCursor<Element, S>& tile) const {
     constexpr int kChunks = S::kRows / 8;
-    const int rank = static_cast<int>(blockIdx.x) % p.cluster, share = kTokens / p.cluster;
-    const int first = rank * share, tokens = min(share, p.m - tile.token() - first);
+    const int rank = static_cast<int>(blockIdx.x) % p.cluster,
+              share = (kTokens + p.cluster - 1) / p.cluster;
+    const int first = rank * share;
+    const int tokens = min(share, min(kTokens, p.m - tile.token()) - first);
     for (int i = static_cast<int>(threadIdx.x); i < tokens * kChunks; i += S::kConsumers) {
       const int token = first + i / kChunks, chunk = i % kChunks;
       if (chunk >= tile.pieces() * 8) continue;
@@ -429,8 +433,8 @@ __global__ void __launch_bounds__(S::kTile.threads(), 1)
   __syncthreads();
   if (threadIdx.x >= S::kConsumers) {
     ptx::give_registers<S::kProducerRegisters>();
-    const int warp = __shfl_sync(
-        0xffffffffu, static_cast<int>(threadIdx.x) / 32 - S::kConsumers / 32, 0);
+    const int warp =
+        __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32 - S::kConsumers / 32, 0);
     PrefillProducer<Element, S>{p, ptx::shared_address(shared), full, empty}.run(warp);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
