@@ -5,15 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import gemm
+import torch
+
+from benchmarks import gemm, plans, sweep
+
+COMMANDS = {"gemm": gemm, "plans": plans, "sweep": sweep}
 
 
 def main() -> int:
     """Runs one benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    gemm.add_arguments(commands.add_parser("gemm", help=gemm.__doc__))
-    return gemm.run(parser.parse_args())
+    for name, module in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=module.__doc__))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(f"benchmarks {args.command}: needs a CUDA device, found none")
+        return 2
+    torch.manual_seed(0)
+    return COMMANDS[args.command].run(args)
 
 
 if __name__ == "__main__":

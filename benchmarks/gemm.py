@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,19 +34,40 @@ class Row:
     speedup: float
 
 
-def marlin_us(n: int, k: int, m: int, group_size: int, dtype: torch.dtype, zeros: bool) -> float:
-    """Time of one gemm call with cold weights that nothing writes, in microseconds."""
+def random_weights(
+    n: int, k: int, group_size: int, dtype: torch.dtype, zeros: bool
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """As many distinct (qweight, scales, zeros) as make a walk over them cold."""
     groups = 1 if group_size == -1 else -(-k // group_size)
-    x = torch.randn(m, k, device="cuda", dtype=dtype)
     blocks = (-(-n // 64), -(-k // 64), 512)
 
-    def make_call():  # type: ignore[no-untyped-def]
+    def make() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         qweight = torch.randint(-(2**31), 2**31, blocks, device="cuda", dtype=torch.int32)
         scales = torch.rand(groups, n, device="cuda").mul_(0.01).to(dtype)
         z = torch.randint(0, 16, (groups, n), device="cuda", dtype=torch.uint8) if zeros else None
-        return lambda: torch.ops.marlin.gemm(x, qweight, scales, z, static_weights=True)
+        return qweight, scales, z
 
-    return timing.time_us([make_call() for _ in range(timing.copies_for(n * k // 2))])
+    return [make() for _ in range(timing.copies_for(n * k // 2))]
+
+
+def marlin_us(n: int, k: int, m: int, group_size: int, dtype: torch.dtype, zeros: bool) -> float:
+    """Time of one gemm call with cold weights that nothing writes, in microseconds."""
+    x = torch.randn(m, k, device="cuda", dtype=dtype)
+    weights = random_weights(n, k, group_size, dtype, zeros)
+    gemm = torch.ops.marlin.gemm
+    return timing.time_us([lambda w=w: gemm(x, *w, static_weights=True) for w in weights])
+
+
+def marlin_us_of_each(n: int, k: int, ms: Iterable[int]) -> dict[int, float]:
+    """As :func:`marlin_us` in fp16 with groups of 128, for many M; shorter windows."""
+    weights = random_weights(n, k, 128, torch.float16, zeros=False)
+    gemm = torch.ops.marlin.gemm
+    out = {}
+    for m in ms:
+        x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+        calls = [lambda x=x, w=w: gemm(x, *w, static_weights=True) for w in weights]
+        out[m] = timing.time_us(calls, window_ms=2.0, repeats=5)
+    return out
 
 
 def cublas_us(n: int, k: int, m: int) -> float:
@@ -112,8 +133,8 @@ def summarise(rows: list[Row]) -> None:
             print(f"geometric mean share of the floor, {name}: {mean:.3f} ({len(shares)} points)")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m benchmarks gemm``."""
+def add_point_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say what to measure."""
     parser.add_argument(
         "--shape", action="append", metavar="NxK", help="only this layer; may repeat"
     )
@@ -123,16 +144,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128, -1))
     parser.add_argument("--dtype", default="float16", choices=DTYPES)
     parser.add_argument("--zeros", action="store_true", help="asymmetric: with zero points")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks gemm``."""
+    add_point_arguments(parser)
     parser.add_argument("--commit", help="what to record, where the checkout has no git history")
     parser.add_argument("--json", type=Path, help="where to write the results")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, and writes the JSON if asked to."""
-    if not torch.cuda.is_available():
-        print("benchmarks gemm: needs a CUDA device, found none")
-        return 2
-    torch.manual_seed(0)
     rows = measure(args)
     summarise(rows)
     if args.json:

@@ -64,7 +64,7 @@ def multiply() -> None:
 
 
 def multiply_prefill() -> None:
-    """Every prefill kernel, alone and in clusters, in runs of pieces and in groups of whole tiles."""
+    """Every prefill kernel, alone and in clusters, in runs of pieces and in groups of tiles."""
     if torch.cuda.get_device_capability() != (9, 0):
         return
     for dtype, group_size, full in ((DTYPES[0], 128, False), (DTYPES[1], 32, True)):

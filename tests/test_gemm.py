@@ -114,8 +114,8 @@ def test_one_hot_inputs_read_out_the_weight(
 @pytest.mark.gpu
 @pytest.mark.parametrize("sms", [0, 3], ids=["all-sms", "3-sms"])
 def test_every_kernel(sms: int) -> None:
-    """Also those that the planner keeps for other GPUs; with long runs of work per block, and with k
-    shared by the blocks of clusters that divide nothing evenly."""
+    """Also those that the planner keeps for other GPUs; with long runs of work per block, and with
+    k shared by the blocks of clusters that divide nothing evenly."""
     from marlin import _inspect
 
     try:
