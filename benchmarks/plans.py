@@ -1,4 +1,4 @@
-"""Times every kernel and cluster that can do a shape, so that the plan tables can be derived anew."""
+"""Times every kernel and cluster that can do a shape: what the plan tables are derived from."""
 
 from __future__ import annotations
 

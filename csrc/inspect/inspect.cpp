@@ -105,6 +105,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["row_blocks"] = prefill->row_blocks;
     out["token_tiles"] = prefill->token_tiles;
     out["pieces_per_cluster"] = prefill->pieces_per_cluster;
+    out["token_group"] = prefill->token_group;
     out["stages_per_block"] = prefill->stages_per_block;
     out["workspace_bytes"] = 0;
     return out;

@@ -76,18 +76,19 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Pr
     --plan.cluster;
   }
   plan.stages_per_block = static_cast<int>(ceil_div(stages, plan.cluster));
-  const int64_t pieces = int64_t{plan.row_blocks} * plan.token_tiles;
-  const int64_t clusters = problem.device.clusters_of(plan.cluster);
-  const int64_t each = ceil_div(pieces, clusters), rows = kernel.tile.row_blocks;
+  const int64_t clusters = problem.device.clusters_of(plan.cluster), rows = kernel.tile.row_blocks;
   plan.row_tiles = static_cast<int>(ceil_div(plan.row_blocks, rows));
-  if (each > 4 * rows) {
+  const int64_t clusters_each = clusters / plan.token_tiles;  // for one token tile
+  const int64_t each = clusters_each ? ceil_div(plan.row_blocks, clusters_each) : plan.row_blocks;
+  if (clusters_each == 0 || each > 4 * rows) {
     const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles;
     plan.token_group = kTokenGroup;
     plan.pieces_per_cluster = static_cast<int>(ceil_div(tiles, clusters) * rows);
     plan.blocks = static_cast<int>(std::min(tiles, clusters)) * plan.cluster;
   } else {
     plan.pieces_per_cluster = static_cast<int>(each);
-    plan.blocks = static_cast<int>(ceil_div(pieces, each)) * plan.cluster;
+    plan.runs = static_cast<int>(ceil_div(plan.row_blocks, each));
+    plan.blocks = plan.runs * plan.token_tiles * plan.cluster;
   }
   return plan;
 }

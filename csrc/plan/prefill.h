@@ -58,7 +58,7 @@ std::span<const PrefillKernel> prefill_kernels();
 
 // The work is row_blocks * token_tiles pieces of 64 output features by one tile of tokens. Clusters do
 // them in tiles of up to tile.row_blocks pieces, and the blocks of a cluster share the k of each.
-//   token_group == 0: each cluster does a run of `pieces_per_cluster`, token tile by token tile.
+//   token_group == 0: each token tile is cut into `runs` of `pieces_per_cluster`, one a cluster.
 //   token_group > 0:  cluster c does whole tiles c, c + clusters, ... of an order that goes through
 //                     groups of so many token tiles, row tile by row tile, token tile by token tile.
 struct PrefillPlan {
@@ -67,7 +67,7 @@ struct PrefillPlan {
   int row_blocks, row_tiles, token_tiles;
   int cluster;           // blocks that share the k of a tile
   int stages_per_block;  // of one tile
-  int pieces_per_cluster;
+  int runs, pieces_per_cluster;
   int token_group;
   int blocks;
 };

@@ -150,8 +150,9 @@ void check_prefill(const Problem& problem, const PrefillPlan& plan) {
   std::vector<int> done(static_cast<size_t>(plan.row_blocks) * plan.token_tiles);
   for (int cluster = 0; cluster < clusters; ++cluster) {
     if (plan.token_group == 0) {
-      const int begin = cluster * plan.pieces_per_cluster;
-      const int end = std::min<int64_t>(begin + plan.pieces_per_cluster, done.size());
+      const int tile_end = (cluster / plan.runs + 1) * plan.row_blocks;
+      const int begin = tile_end - plan.row_blocks + cluster % plan.runs * plan.pieces_per_cluster;
+      const int end = std::min(begin + plan.pieces_per_cluster, tile_end);
       ASSERT_LT(begin, end) << "an idle cluster";
       for (int piece = begin; piece < end; ++piece) ++done[piece];
       continue;

@@ -121,6 +121,7 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   p.row_tiles = plan.row_tiles;
   p.token_tiles = plan.token_tiles;
   p.token_group = plan.token_group;
+  p.runs = plan.runs;
   p.pieces_per_cluster = plan.pieces_per_cluster;
   p.stages = static_cast<int>(layout::ceil_div(args.k, int64_t{tile.stage_k()}));
   p.stages_per_block = plan.stages_per_block;

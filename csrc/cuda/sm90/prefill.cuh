@@ -1,7 +1,7 @@
 // The GEMM for more than a few tokens on Hopper: `wgmma` with the weights as register operand A,
 // persistent blocks.
 //
-// A tile is up to four pieces of 64 output features by kTokens tokens, one piece per consumer
+// A tile is up to kRowBlocks pieces of 64 output features by kTokens tokens, one piece per consumer
 // warpgroup, which all multiply the same activations. Weights are scaled in registers, that is,
 // rounded to the activations' type as `dequantize` rounds them. A producer warpgroup fills a ring of
 // stages by bulk copies: weights as they lie, activations, scales and zero points.
@@ -27,8 +27,8 @@ struct PrefillParams : LayerParams<Element> {
   int period_log2;       // of the columns between scales: 5, 6 or 7
   int groups_per_block;  // rows of scales from 64 columns of a stage to the next: 0 or 1
   int row_tiles, token_tiles;
-  int pieces_per_cluster;  // row blocks of a token tile that a cluster does; not used where
-  int token_group;         // not 0: clusters do whole tiles, in groups of so many token tiles
+  int runs, pieces_per_cluster;  // of a token tile; row blocks of each. Or, where not 0:
+  int token_group;               // clusters do whole tiles, in groups of so many token tiles
   int stages, stages_per_block;
   int cluster;  // blocks that share a tile's k
 };
@@ -54,21 +54,24 @@ struct PrefillShape {
 };
 
 // The tiles of this block's cluster, in turn. What can be computed is not kept: registers are short.
-// Few pieces: a run of neighbours, in tiles of as many as one token tile has left.
+// Few pieces: a run of neighbours within one token tile.
 // Many: every so-many-th whole tile of an order in which those that are done at the same time share
 // weights and activations, which then come from the L2 cache.
 template <typename Element, typename S>
 struct TileCursor {
   const PrefillParams<Element>& p;
-  int at;  // a piece of a run, or a tile
+  int at;  // a piece of a run (row blocks of the first token tile, then of the next), or a tile
 
   __device__ explicit TileCursor(const PrefillParams<Element>& params) : p(params) {
-    at = cluster() * (p.token_group ? 1 : p.pieces_per_cluster);
+    at = p.token_group ? cluster() : first_of_run();
   }
   __device__ int cluster() const { return static_cast<int>(blockIdx.x) / p.cluster; }
+  __device__ int first_of_run() const {
+    return cluster() / p.runs * p.n_blocks + cluster() % p.runs * p.pieces_per_cluster;
+  }
   __device__ int last() const {
-    return p.token_group ? p.row_tiles * p.token_tiles
-                         : min((cluster() + 1) * p.pieces_per_cluster, p.n_blocks * p.token_tiles);
+    if (p.token_group) return p.row_tiles * p.token_tiles;
+    return min(first_of_run() + p.pieces_per_cluster, (cluster() / p.runs + 1) * p.n_blocks);
   }
   __device__ bool valid() const { return at < last(); }
   __device__ void advance() {
@@ -86,8 +89,7 @@ struct TileCursor {
     return (group_first() + at % (p.token_group * p.row_tiles) % group_size()) * S::kTokens;
   }
   __device__ int pieces() const {
-    const int left = p.n_blocks - row_block();
-    return min(S::kRowBlocks, p.token_group ? left : min(left, last() - at));
+    return min(S::kRowBlocks, p.token_group ? p.n_blocks - row_block() : last() - at);
   }
   // This block's share of the tile's k.
   __device__ int first_stage() const {
@@ -96,9 +98,9 @@ struct TileCursor {
   __device__ int stages() const { return min(p.stages_per_block, p.stages - first_stage()); }
 };
 
-// Three threads of three warps, so that none waits for another's copies to be issued: for weights,
-// activations, and scales and zero points. What does not change within a tile is computed once: the
-// ring is filled no faster than the longest of these loops runs.
+// Three warps, so that none waits for another's copies to be issued: for weights, for activations, and
+// for scales and zero points. What does not change within a tile is computed once: the ring is filled
+// no faster than the longest of these loops runs, and with divisions in them that was half the speed.
 template <typename Element, typename S>
 struct PrefillProducer {
   using Cursor = TileCursor<Element, S>;
@@ -371,9 +373,8 @@ struct PrefillConsumer {
   // Adds the cluster's sums in the order of rank and stores this block's share of the tokens.
   __device__ void store_share(const TileCursor<Element, S>& tile) const {
     constexpr int kChunks = S::kRows / 8;
-    const int rank = static_cast<int>(blockIdx.x) % p.cluster,
-              share = (kTokens + p.cluster - 1) / p.cluster;
-    const int first = rank * share;
+    const int rank = static_cast<int>(blockIdx.x) % p.cluster;
+    const int share = (kTokens + p.cluster - 1) / p.cluster, first = rank * share;
     const int tokens = min(share, min(kTokens, p.m - tile.token()) - first);
     for (int i = static_cast<int>(threadIdx.x); i < tokens * kChunks; i += S::kConsumers) {
       const int token = first + i / kChunks, chunk = i % kChunks;
