@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from benchmarks import gemm, plans, sweep
+from benchmarks import charts, gemm, plans, sweep
 
-COMMANDS = {"gemm": gemm, "plans": plans, "sweep": sweep}
+COMMANDS = {"gemm": gemm, "plans": plans, "sweep": sweep, "charts": charts}
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     for name, module in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=module.__doc__))
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.command != "charts" and not torch.cuda.is_available():
         print(f"benchmarks {args.command}: needs a CUDA device, found none")
         return 2
     torch.manual_seed(0)
