@@ -15,11 +15,12 @@ struct Device {
   int sm_count = 0;      // multiprocessors
   int shared_bytes = 0;  // the most shared memory a block may ask for
   bool wgmma = false;    // Hopper, and this build holds code for it
-  // How many clusters of c blocks run at once, one block per multiprocessor; 0: as in clusters_of.
+  // How many clusters of so many blocks run at once, one block per multiprocessor, as far as it is
+  // known; -1: none. Elsewhere 0, and clusters_of guesses.
   std::array<int, 9> clusters = {};
 
   static constexpr int kLargestCluster = 8;
-  int clusters_of(int size) const;
+  int clusters_of(int size) const;  // 0: the device cannot run such a cluster
 };
 
 // The shared memory that a block may have on GPUs of a compute capability (CUDA programming guide,

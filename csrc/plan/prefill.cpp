@@ -71,8 +71,9 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Pr
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   const int64_t stages = ceil_div(problem.k, kernel.tile.stage_k());
   plan.cluster = cluster;
-  // Every block of a cluster must have a stage.
-  while (plan.cluster > 1 && (plan.cluster - 1) * ceil_div(stages, plan.cluster) >= stages) {
+  // The device must be able to run such clusters, and every block of one must have a stage.
+  while (plan.cluster > 1 && (problem.device.clusters_of(plan.cluster) == 0 ||
+                              (plan.cluster - 1) * ceil_div(stages, plan.cluster) >= stages)) {
     --plan.cluster;
   }
   plan.stages_per_block = static_cast<int>(ceil_div(stages, plan.cluster));

@@ -57,9 +57,10 @@ int shared_bytes_of(int sm) {
 // 16 and 18, and cudaOccupancyMaxActiveClusters gives these numbers for it.
 int Device::clusters_of(int size) const {
   constexpr int kH200[] = {0, 132, 66, 39, 30, 22, 17, 15, 15};
-  if (clusters[size]) return clusters[size];
+  if (size == 1) return sm_count;
+  if (clusters[size]) return std::max(clusters[size], 0);
   if (sm_count == 132) return kH200[size];
-  return std::max((size <= 2 ? sm_count : sm_count * 7 / 8) / size, 1);
+  return (size == 2 ? sm_count : sm_count * 7 / 8) / size;
 }
 
 Plan plan_with(const Kernel& kernel, const Problem& problem) {

@@ -188,6 +188,17 @@ TEST(Plan, PrefillDoesEverythingOnce) {
   EXPECT_FALSE(select_prefill({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
 }
 
+TEST(Plan, PrefillTakesNoClusterThatTheDeviceCannotRun) {
+  Problem problem{200, 4096, 14336, 128, device_of(90, 132)};
+  problem.device.wgmma = true;
+  problem.device.clusters = {0, 132, -1, -1, 30, -1, -1, -1, -1};
+  for (int cluster = 1; cluster <= Device::kLargestCluster; ++cluster) {
+    const PrefillPlan plan = prefill_plan_with(prefill_kernels()[0], cluster, problem);
+    EXPECT_EQ(plan.cluster, cluster >= 4 ? 4 : 1);
+    check_prefill(problem, plan);
+  }
+}
+
 TEST(Plan, LargestProblemsDoNotOverflow) {
   check_partition({65536, 106496, 53248, 128, device_of(90, 132)});
 }

@@ -93,6 +93,7 @@ std::array<int, 9> clusters_at_once() {
     config.numAttrs = 1;
     check(cudaOccupancyMaxActiveClusters(&out[size], function, &config),
           "cudaOccupancyMaxActiveClusters");
+    if (out[size] == 0) out[size] = -1;
   }
   return out;
 }
