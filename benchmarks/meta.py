@@ -41,7 +41,7 @@ def driver_version() -> str:
         return "unknown"
 
 
-def describe(commit_name: str | None = None) -> dict[str, str]:
+def describe(commit_name: str | None = None, method: str = METHOD) -> dict[str, str]:
     """The ``meta`` of a results file."""
     return {
         "gpu": torch.cuda.get_device_name(),
@@ -50,5 +50,5 @@ def describe(commit_name: str | None = None) -> dict[str, str]:
         "torch": torch.__version__,
         "commit": commit_name or commit(),
         "date": datetime.date.today().isoformat(),
-        "method": METHOD,
+        "method": method,
     }

@@ -9,7 +9,7 @@ import torch
 from benchmarks import gemm, shapes
 from marlin import _inspect
 
-CLUSTERS = {"sm80": (1,), "sm90_decode": (1, 2), "sm90_prefill": (1, 2, 3, 4, 5, 8)}
+CLUSTERS = {"sm80": (1,), "sm90_decode": (1, 2), "sm90_prefill": tuple(range(1, 9))}
 
 
 def candidates(m: int) -> list[tuple[int, str, int]]:

@@ -17,7 +17,8 @@ def plan_for(
 ) -> dict[str, Any]:
     """The kernel and the partition chosen for a problem on a device.
 
-    ``sm`` is the compute capability times ten, ``sms`` the number of multiprocessors. Raises
+    ``sm`` is the compute capability times ten, ``sms`` the number of multiprocessors. How many
+    clusters of blocks fit is guessed from it; a call asks the device, and may differ. Raises
     ``ValueError`` for sizes below 1 or another group size, ``RuntimeError`` where no kernel runs.
     """
 
@@ -30,9 +31,10 @@ def kernel_attributes(id: int, *, bf16: bool = False) -> dict[str, int]:
     Asks the current CUDA device; raises ``RuntimeError`` without one, or for an unknown id.
     """
 
-def force_plan(id: int = -1, *, sms: int = 0) -> None:
-    """For tests and benchmarks: until called again, every CUDA gemm runs kernel ``id``.
+def force_plan(id: int = -1, *, sms: int = 0, cluster: int = 0) -> None:
+    """For tests and benchmarks: until called again, every CUDA gemm that can runs kernel ``id``.
 
     -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as
-    many as it has). Raises ``RuntimeError`` for an unknown id, or without CUDA kernels.
+    many as it has). ``cluster``: how many blocks share K, on Hopper (0: one). Raises
+    ``RuntimeError`` for an unknown id, a cluster above 8, or without CUDA kernels.
     """

@@ -33,8 +33,8 @@ plan::Device current_device() {
   check(cudaGetDevice(&index), "cudaGetDevice");
   const std::lock_guard lock(mutex);
   if (devices.size() <= static_cast<size_t>(index)) devices.resize(index + 1);
-  plan::Device& device = devices[index];
-  if (device.sm == 0) {
+  if (devices[index].sm == 0) {
+    plan::Device device;
     int major = 0, minor = 0;
     const auto ask = [&](int& value, cudaDeviceAttr attribute) {
       check(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
@@ -48,8 +48,9 @@ plan::Device current_device() {
     device.wgmma = device.sm == 90;
     if (device.wgmma) device.clusters = sm90::clusters_at_once();
 #endif
+    devices[index] = device;  // only now, since any of the questions may throw
   }
-  return device;
+  return devices[index];
 }
 
 std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0;  // see force_plan
@@ -77,7 +78,8 @@ decltype(auto) with_plan(const Gemm& args, F&& run) {
       return run(plan::prefill_plan_with(plan::prefill_kernels()[prefill], cluster, problem));
     }
     if (decode >= 0 && args.m <= plan::decode_kernels()[decode].tile.tokens) {
-      return run(plan::decode_plan_with(plan::decode_kernels()[decode], cluster, problem));
+      const plan::DecodeKernel& kernel = plan::decode_kernels()[decode];
+      return run(plan::decode_plan_with(kernel, std::min(cluster, 2), problem));
     }
     if (const auto chosen = plan::select_decode(problem)) return run(*chosen);
     if (const auto chosen = plan::select_prefill(problem)) return run(*chosen);

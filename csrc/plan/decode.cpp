@@ -27,7 +27,10 @@ auto numbered_table() {
 int cluster_for(const DecodeTile& tile, const Problem& problem) {
   const int64_t tiles = ceil_div(problem.n, tile.rows());
   const int64_t stages = ceil_div(problem.k, tile.stage_k());
-  return tiles * 2 <= problem.device.sm_count && stages >= 2 * tile.splits ? 2 : 1;
+  return problem.device.clusters_of(2) > 0 && tiles * 2 <= problem.device.sm_count &&
+                 stages >= 2 * tile.splits
+             ? 2
+             : 1;
 }
 
 }  // namespace

@@ -71,13 +71,13 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Pr
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   const int64_t stages = ceil_div(problem.k, kernel.tile.stage_k());
   plan.cluster = cluster;
-  // The device must be able to run such clusters, and every block of one must have a stage.
-  while (plan.cluster > 1 && (problem.device.clusters_of(plan.cluster) == 0 ||
-                              (plan.cluster - 1) * ceil_div(stages, plan.cluster) >= stages)) {
+  // Every block of a cluster must have a stage.
+  while (plan.cluster > 1 && (plan.cluster - 1) * ceil_div(stages, plan.cluster) >= stages) {
     --plan.cluster;
   }
   plan.stages_per_block = static_cast<int>(ceil_div(stages, plan.cluster));
-  const int64_t clusters = problem.device.clusters_of(plan.cluster), rows = kernel.tile.row_blocks;
+  const int64_t clusters = std::max(problem.device.clusters_of(plan.cluster), 1);
+  const int64_t rows = kernel.tile.row_blocks;
   plan.row_tiles = static_cast<int>(ceil_div(plan.row_blocks, rows));
   const int64_t clusters_each = clusters / plan.token_tiles;  // for one token tile
   const int64_t each = clusters_each ? ceil_div(plan.row_blocks, clusters_each) : plan.row_blocks;
@@ -100,6 +100,7 @@ std::optional<PrefillPlan> select_prefill(const Problem& problem) {
   for (const PrefillKernel& kernel : prefill_kernels()) {
     if (!suits(kernel, problem.m)) continue;
     for (int cluster = 1; cluster <= Device::kLargestCluster; ++cluster) {
+      if (problem.device.clusters_of(cluster) == 0) continue;
       const PrefillPlan plan = prefill_plan_with(kernel, cluster, problem);
       if (!best || estimated_us(plan) < estimated_us(*best)) best = plan;
     }

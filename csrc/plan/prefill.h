@@ -65,9 +65,9 @@ struct PrefillPlan {
   PrefillKernel kernel;
   int period;  // columns between scales: 32, 64, or 128 for all longer groups
   int row_blocks, row_tiles, token_tiles;
-  int cluster;           // blocks that share the k of a tile
-  int stages_per_block;  // of one tile
-  int runs, pieces_per_cluster;
+  int cluster;                   // blocks that share the k of a tile
+  int stages_per_block;          // of one tile
+  int runs, pieces_per_cluster;  // the latter with token_group > 0 too, for the model of time only
   int token_group;
   int blocks;
 };

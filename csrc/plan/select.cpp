@@ -53,8 +53,8 @@ int shared_bytes_of(int sm) {
   return kb * 1024;
 }
 
-// A cluster lies within one GPC, whose multiprocessors it need not divide; an H200 has 132 in GPCs of
-// 16 and 18, and cudaOccupancyMaxActiveClusters gives these numbers for it.
+// A cluster lies within one GPC, whose multiprocessors it need not divide. For an H200
+// cudaOccupancyMaxActiveClusters gives the numbers below.
 int Device::clusters_of(int size) const {
   constexpr int kH200[] = {0, 132, 66, 39, 30, 22, 17, 15, 15};
   if (size == 1) return sm_count;

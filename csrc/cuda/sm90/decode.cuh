@@ -3,7 +3,7 @@
 // It computes, for 64 * kRowTiles output features and up to kTokens tokens,
 //     sums[row, token] = sum over groups of scale[row, group] * sum_k (q - zero)[row, k] x[token, k]
 //
-// Roles: two producer threads fill a ring of stages by bulk copies, one with the weights as they lie,
+// Roles: two producer warps fill a ring of stages by bulk copies, one with the weights as they lie,
 // scales and zero points, the other with activations; kRowTiles * kSplits consumer warpgroups convert
 // and multiply. Stage i belongs to split i % kSplits. The splits' sums are added in a fixed order,
 // through shared memory, and across the blocks of a cluster where k is split among blocks too.

@@ -49,7 +49,7 @@ struct PrefillShape {
   // Per thread; together, what the block's threads have at its launch.
   static constexpr int kProducerRegisters = kRowBlocks == 4 ? 32 : 40;
   static constexpr int kConsumerRegisters = kRowBlocks == 4 ? 112 : 232;
-  static_assert(kStages >= 3 && kTokens % 16 == 0);
+  static_assert(kStages >= 3 && kStages <= 16 && kTokens % 16 == 0);
   static_assert(kTokens * kSumStride * 4 <= kOutputAt);
 };
 

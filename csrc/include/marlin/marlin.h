@@ -21,7 +21,7 @@ struct Gemm {
   const uint8_t* zeros = nullptr;    // [groups, n] of 0..15, or null: 8 everywhere
   const int32_t* perm = nullptr;  // [k]: packed column j multiplies input feature perm[j]; or null
   const void* bias = nullptr;     // [n], the input's dtype, or null
-  void* output = nullptr;         // [m, n], contiguous
+  void* output = nullptr;         // [m, n], contiguous, 16-byte aligned
   int64_t m = 0, n = 0, k = 0;
   int64_t group_size = 0;  // 32, 64, 128, or any value >= k for one group
   DType dtype = DType::kFloat16;
