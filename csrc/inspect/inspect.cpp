@@ -17,51 +17,36 @@ namespace py = pybind11;
 namespace marlin::inspect {
 namespace {
 
+// The kernels of the three tables are numbered one after the other.
+template <typename Kernel>
+py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int stages,
+                  int shared_bytes) {
+  py::dict out;
+  out["id"] = static_cast<int>(first_id) + kernel.id;
+  out["name"] = kernel.name();
+  out["family"] = family;
+  out["tokens"] = kernel.tile.tokens;
+  out["rows"] = kernel.tile.rows();
+  out["stage_k"] = kernel.tile.stage_k();
+  out["stages"] = stages;
+  out["threads"] = kernel.tile.threads();
+  out["shared_bytes"] = shared_bytes;
+  out["reason"] = kernel.reason;
+  return out;
+}
+
 py::dict describe(const plan::Kernel& kernel) {
-  py::dict out;
-  out["id"] = kernel.id;
-  out["name"] = kernel.name();
-  out["family"] = kernel.family;
-  out["tokens"] = kernel.tile.tokens;
-  out["rows"] = kernel.tile.rows();
-  out["stage_k"] = kernel.tile.stage_k();
-  out["stages"] = kernel.tile.stages;
-  out["threads"] = kernel.tile.threads();
-  out["shared_bytes"] = kernel.tile.shared_bytes();
-  out["reason"] = kernel.reason;
-  return out;
+  return describe(kernel, 0, kernel.family, kernel.tile.stages, kernel.tile.shared_bytes());
 }
 
-// Numbered after the kernels of the first table.
-py::dict describe(const plan::DecodeKernel& kernel) {
-  py::dict out;
-  out["id"] = static_cast<int>(plan::kernels().size()) + kernel.id;
-  out["name"] = kernel.name();
-  out["family"] = "sm90_decode";
-  out["tokens"] = kernel.tile.tokens;
-  out["rows"] = kernel.tile.rows();
-  out["stage_k"] = kernel.tile.stage_k();
-  out["stages"] = kernel.tile.stages(128);
-  out["threads"] = kernel.tile.threads();
-  out["shared_bytes"] = kernel.tile.shared_bytes(128);
-  out["reason"] = kernel.reason;
-  return out;
+py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
+  return describe(kernel, plan::kernels().size(), "sm90_decode", kernel.tile.stages(128),
+                  kernel.tile.shared_bytes(128));
 }
 
-// Numbered after both.
 py::dict describe(const plan::PrefillKernel& kernel) {
-  py::dict out;
-  out["id"] = static_cast<int>(plan::kernels().size() + plan::decode_kernels().size()) + kernel.id;
-  out["name"] = kernel.name();
-  out["family"] = "sm90_prefill";
-  out["tokens"] = kernel.tile.tokens;
-  out["rows"] = kernel.tile.rows();
-  out["stage_k"] = kernel.tile.stage_k();
-  out["stages"] = kernel.tile.stages();
-  out["threads"] = kernel.tile.threads();
-  out["shared_bytes"] = kernel.tile.shared_bytes();
-  out["reason"] = kernel.reason;
-  return out;
+  return describe(kernel, plan::kernels().size() + plan::decode_kernels().size(), "sm90_prefill",
+                  kernel.tile.stages(), kernel.tile.shared_bytes());
 }
 
 py::list plans() {

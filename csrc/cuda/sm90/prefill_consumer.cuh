@@ -1,0 +1,238 @@
+// A consumer warpgroup of a prefill kernel (prefill.cuh): converts, multiplies and stores.
+#pragma once
+
+#include "cuda/element.cuh"
+#include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/prefill_tiles.cuh"
+
+namespace marlin::cuda::sm90 {
+
+template <typename Element, typename S>
+struct PrefillConsumer {
+  using Format = typename ElementTraits<Element>::Format;
+  static constexpr int kTokens = S::kTokens, kStages = S::kStages;
+
+  const PrefillParams<Element>& p;
+  char* shared;
+  uint32_t full, empty;
+  int thread, warpgroup;  // in the warpgroup; which warpgroup, that is, piece of a tile
+  // In the first stage: the activations' descriptor, and this thread's weights and scales. Addresses
+  // of shared memory, since arithmetic on pointers would be done anew for every stage.
+  uint64_t descriptor;
+  uint32_t words_at, scales_at, zeros_at;
+  int slot = 0, parity = 0;
+  float sums[kTokens / 2];
+
+  __device__ PrefillConsumer(const PrefillParams<Element>& params, char* shared_memory,
+                             uint32_t full_, uint32_t empty_)
+      : p(params),
+        shared(shared_memory),
+        full(full_),
+        empty(empty_),
+        thread(static_cast<int>(threadIdx.x) % 128) {
+    // By shuffles, so that the compiler knows them to be the same in the whole warp.
+    warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+    const uint32_t base = __shfl_sync(0xffffffffu, ptx::shared_address(shared_memory), 0);
+    descriptor = ptx::wgmma_descriptor(base + S::kInputAt);
+    words_at = base + S::kWeightsAt + warpgroup * S::kRowBlockBytes + thread * 16;
+    scales_at = base + S::kScalesAt + (warpgroup * 64 + row_in_piece()) * 2;
+    zeros_at = base + S::kZerosAt + warpgroup * 64 + row_in_piece();
+  }
+
+  __device__ int row_in_piece() const { return thread / 32 * 16 + thread % 32 / 4; }
+
+  __device__ void next_slot() {
+    if (++slot == kStages) slot = 0, parity ^= 1;
+  }
+
+  __device__ void give_back_previous() const {
+    ptx::mbarrier_arrive(empty + 8 * (slot == 0 ? kStages - 1 : slot - 1));
+  }
+
+  // A tile's stages, where this warpgroup has no piece of it.
+  __device__ void skip(int stages) {
+    for (int i = 0; i < stages; ++i) {
+      ptx::mbarrier_wait(full + 8 * slot, parity);
+      next_slot();
+      give_back_previous();
+    }
+  }
+
+  // Scales, in both halves of a register, for rows g and g + 8; and what to subtract from nibbles.
+  struct RowFactors {
+    uint32_t scale[2], subtrahend[2] = {layout::subtrahend<Format>(layout::kSymmetricZero, 0),
+                                        layout::subtrahend<Format>(layout::kSymmetricZero, 1)};
+  };
+
+  __device__ void load(RowFactors& factors, uint32_t stage, int group) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      factors.scale[i] =
+          ptx::load_shared<uint16_t>(scales_at + stage + (group * S::kRows + 8 * i) * 2) * 0x10001u;
+    }
+    if (p.has_zeros) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        factors.subtrahend[i] = layout::subtrahend<Format>(
+            ptx::load_shared<uint8_t>(zeros_at + stage + group * S::kRows + 8 * i), i);
+      }
+    }
+  }
+
+  // A tile's stages. A stage is given back when the first multiplications of the next have been
+  // issued, since at most three may be unfinished then.
+  __device__ void multiply(int stages) {
+    constexpr int kSets = S::kPeriod == 32 ? 2 : 1;  // of factors per 64 columns
+    uint32_t a[4][4];
+    RowFactors factors[kSets];
+#pragma unroll 1
+    for (int i = 0; i < stages; ++i) {
+      ptx::mbarrier_wait(full + 8 * slot, parity);
+      const uint32_t stage = slot * S::kStageBytes;
+      const uint64_t b = descriptor + stage / 16;
+      uint4 words[S::kStageBlocks];  // loaded together: their latency then shows once
+#pragma unroll
+      for (int block = 0; block < S::kStageBlocks; ++block) {
+        words[block] = ptx::load_shared<uint4>(words_at + stage + block * layout::kBytesPerBlock);
+      }
+#pragma unroll
+      for (int block = 0; block < S::kStageBlocks; ++block) {
+        const uint4& word = words[block];
+#pragma unroll
+        for (int set = 0; set < kSets; ++set) {
+          load(factors[set], stage,
+               S::kPeriod == 32 ? block * 2 + set : block * p.groups_per_block);
+        }
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          const RowFactors& factor = factors[step * kSets / 4];
+          convert<Element>(a[step], (&word.x)[step], factor.subtrahend);
+          multiply_pairs<Element>(a[step], factor.scale);
+          ptx::wgmma_fence();
+          ptx::wgmma_m64k16<Element, kTokens>(
+              sums, a[step], b + static_cast<uint64_t>(block * kTokens * 8 + step * 2),
+              (i | block | step) != 0);
+          ptx::wgmma_commit();
+          ptx::wgmma_wait<3>();
+        }
+        if (block == 0 && i > 0) give_back_previous();
+      }
+      next_slot();
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      asm volatile("" : "+f"(sums[i])::"memory");  // not read before the wait
+    }
+    give_back_previous();
+  }
+
+  __device__ float bias_of(int row) const {
+    return p.bias && row < p.n ? to_float(p.bias[row]) : 0.f;
+  }
+
+  // Rounds the sums and stores the piece, through shared memory that is this warpgroup's own:
+  // [token][64 features], the 16-byte chunks of a row swizzled by the token.
+  __device__ void store_piece(const TileCursor<Element, S>& tile) {
+    const int row = (tile.row_block() + warpgroup) * 64;
+    char* buffer = shared + S::kOutputAt + warpgroup * kTokens * 128;
+    const int lane = thread % 32, warp = thread / 32;
+    const float bias[2] = {bias_of(row + row_in_piece()), bias_of(row + row_in_piece() + 8)};
+    const uint32_t at = ptx::shared_address(buffer) + (lane / 16 * 8 + lane % 8) * 128 +
+                        ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; j += 2) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        pairs[i] = round_pair<Element>(sums[4 * j + 2 * i] + bias[i % 2],
+                                       sums[4 * j + 2 * i + 1] + bias[i % 2]);
+      }
+      ptx::store_matrices_transposed(at + j * 8 * 128, pairs);
+    }
+    ptx::sync_warpgroup(warpgroup);
+    const int tokens = min(kTokens, p.m - tile.token());
+    for (int i = thread; i < tokens * 8; i += 128) {
+      const int token = i / 8, chunk = i % 8;
+      const auto value =
+          *reinterpret_cast<const uint4*>(buffer + token * 128 + (chunk ^ token % 8) * 16);
+      store_chunk(value, tile.token() + token, row + chunk * 8);
+    }
+    ptx::sync_warpgroup(warpgroup);  // the next tile's outputs come to the same place
+  }
+
+  // Eight features of a token.
+  __device__ void store_chunk(const uint4& value, int token, int row) const {
+    Element* to = p.output + int64_t{token} * p.n + row;
+    if (p.n % 8 == 0) {
+      if (row < p.n) *reinterpret_cast<uint4*>(to) = value;
+      return;
+    }
+    const uint32_t pairs[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (row + i < p.n) {
+        reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(pairs[i / 2] >> (i % 2 * 16));
+      }
+    }
+  }
+
+  // Leaves the sums where the stages were: [token][row].
+  __device__ void leave_sums() {
+    float* at = reinterpret_cast<float*>(shared) + warpgroup * 64 + row_in_piece();
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int token = i / 4 * 8 + thread % 4 * 2 + i % 2;
+      at[token * S::kSumStride + i / 2 % 2 * 8] = sums[i];
+    }
+  }
+
+  // Adds the cluster's sums in the order of rank and stores this block's share of the tokens.
+  __device__ void store_share(const TileCursor<Element, S>& tile) const {
+    constexpr int kChunks = S::kRows / 8;
+    const int rank = static_cast<int>(blockIdx.x) % p.cluster;
+    const int share = (kTokens + p.cluster - 1) / p.cluster, first = rank * share;
+    const int tokens = min(share, min(kTokens, p.m - tile.token()) - first);
+    for (int i = static_cast<int>(threadIdx.x); i < tokens * kChunks; i += S::kConsumers) {
+      const int token = first + i / kChunks, chunk = i % kChunks;
+      if (chunk >= tile.pieces() * 8) continue;
+      const int row = tile.row_block() * 64 + chunk * 8;
+      const uint32_t at = ptx::shared_address(shared) + (token * S::kSumStride + chunk * 8) * 4;
+      float sum[8] = {};
+      for (int from = 0; from < p.cluster; ++from) ptx::add_from_block(sum, at, from);
+      uint4 value;
+      uint32_t* pairs = &value.x;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        pairs[j] = round_pair<Element>(sum[2 * j] + bias_of(row + 2 * j),
+                                       sum[2 * j + 1] + bias_of(row + 2 * j + 1));
+      }
+      store_chunk(value, tile.token() + token, row);
+    }
+  }
+
+  __device__ void run() {
+    for (TileCursor<Element, S> tile(p); tile.valid(); tile.advance()) {
+      const bool works = warpgroup < tile.pieces();
+      if (works) {
+        multiply(tile.stages());
+      } else {
+        skip(tile.stages());
+      }
+      if (p.cluster == 1) {
+        if (works) store_piece(tile);
+        continue;
+      }
+      ptx::sync_threads<S::kConsumers>();  // every warpgroup has done with the stages
+      if (works) leave_sums();
+      ptx::cluster_sync();
+      store_share(tile);
+      ptx::fence_before_copies();  // the next tile's stages come to where the sums were
+      ptx::cluster_sync();         // a block's sums are read by the others until here
+    }
+  }
+};
+
+}  // namespace marlin::cuda::sm90

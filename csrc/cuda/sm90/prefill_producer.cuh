@@ -1,0 +1,101 @@
+// The producer warpgroup of a prefill kernel (prefill.cuh): fills the ring of stages.
+#pragma once
+
+#include "cuda/ptx/bulk_copy.cuh"
+#include "cuda/sm90/prefill_tiles.cuh"
+
+namespace marlin::cuda::sm90 {
+
+// Three warps, so that none waits for another's copies to be issued: for weights, for activations, and
+// for scales and zero points. What does not change within a tile is computed once: the ring is filled
+// no faster than the longest of these loops runs, and with divisions in them that was half the speed.
+template <typename Element, typename S>
+struct PrefillProducer {
+  using Cursor = TileCursor<Element, S>;
+  static constexpr int kArrivals = 3;  // on the barrier of a full stage
+
+  const PrefillParams<Element>& p;
+  uint32_t shared, full, empty;
+  int slot = 0, parity = 1;  // a new barrier's previous phase counts as complete
+
+  // Waits for the next slot to be free and has one thread call copy(stage address, barrier). The whole
+  // warp gets here, so that the compiler keeps addresses in uniform registers, as copies want them.
+  template <typename Copy>
+  __device__ __forceinline__ void fill_slot(Copy&& copy) {
+    ptx::mbarrier_wait(empty + 8 * slot, parity);
+    if (ptx::elect_one()) copy(shared + slot * S::kStageBytes, full + 8 * slot);
+    __syncwarp();
+    if (++slot == S::kStages) slot = 0, parity ^= 1;
+  }
+
+  __device__ void run(int warp) {
+    if (warp == 1 || !p.static_weights) ptx::wait_for_earlier_kernels();
+#pragma unroll 1
+    for (Cursor tile(p); tile.valid(); tile.advance()) {
+      if (warp == 0) copy_weights(tile);
+      if (warp == 1) copy_input(tile);
+      if (warp == 2) copy_scales(tile);
+      if (p.cluster > 1) {  // the sums of a shared tile lie where the stages were
+        ptx::cluster_sync();
+        ptx::cluster_sync();
+      }
+    }
+  }
+
+  __device__ void copy_weights(const Cursor& tile) {
+    const int pieces = tile.pieces(), first_block = tile.first_stage() * S::kStageBlocks;
+    const int32_t* from =
+        p.qweight + layout::word_index(tile.row_block(), first_block, p.k_blocks, 0, 0);
+    const int64_t to_next_row_block = int64_t{p.k_blocks} * layout::kWordsPerBlock;
+    int blocks = min(tile.stages() * S::kStageBlocks, p.k_blocks - first_block);
+#pragma unroll 1
+    for (; blocks > 0; blocks -= S::kStageBlocks) {
+      fill_slot([&](uint32_t stage, uint32_t barrier) {
+        const int bytes = min(S::kStageBlocks, blocks) * layout::kBytesPerBlock;
+        ptx::mbarrier_arrive_expect(barrier, pieces * bytes);
+#pragma unroll
+        for (int r = 0; r < S::kRowBlocks; ++r) {
+          if (r < pieces) {
+            ptx::bulk_copy(stage + S::kWeightsAt + r * S::kRowBlockBytes,
+                           from + r * to_next_row_block, bytes, barrier);
+          }
+        }
+      });
+      from += S::kStageBlocks * layout::kWordsPerBlock;
+    }
+  }
+
+  __device__ void copy_input(const Cursor& tile) {
+    const int token = tile.token();
+    int block = tile.first_stage() * S::kStageBlocks;
+    const int last = block + tile.stages() * S::kStageBlocks;
+#pragma unroll 1
+    for (; block < last; block += S::kStageBlocks) {
+      fill_slot([&](uint32_t stage, uint32_t barrier) {
+        ptx::mbarrier_arrive_expect(barrier, S::kTile.input_bytes());
+        ptx::tensor_copy(stage + S::kInputAt, p.input, 0, token, block, barrier);
+      });
+    }
+  }
+
+  // A group longer than a stage has one row of scales, which is copied for every stage.
+  __device__ void copy_scales(const Cursor& tile) {
+    const int row = tile.row_block() * layout::kBlock;
+    const int groups = p.one_group ? 1 : max(S::kTile.stage_k() >> p.period_log2, 1);
+    const int bytes = S::kRows * groups * (p.has_zeros ? 3 : 2);
+    const int step = p.one_group ? 0 : S::kTile.stage_k();
+    int column = tile.first_stage() * step;
+#pragma unroll 1
+    for (int i = tile.stages(); i > 0; --i) {
+      fill_slot([&](uint32_t stage, uint32_t barrier) {
+        const int group = column >> p.period_log2;
+        ptx::mbarrier_arrive_expect(barrier, bytes);
+        ptx::tensor_copy(stage + S::kScalesAt, p.scales, row, group, barrier);
+        if (p.has_zeros) ptx::tensor_copy(stage + S::kZerosAt, p.zeros, row, group, barrier);
+      });
+      column += step;
+    }
+  }
+};
+
+}  // namespace marlin::cuda::sm90

@@ -1,0 +1,86 @@
+// What a prefill kernel (prefill.cuh) is told, its shape, and the order of its tiles.
+#pragma once
+
+#include "cuda/sm90/layer.h"
+#include "layout/packed.h"
+#include "plan/prefill.h"
+
+namespace marlin::cuda::sm90 {
+
+template <typename Element>
+struct PrefillParams : LayerParams<Element> {
+  int period_log2;       // of the columns between scales: 5, 6 or 7
+  int groups_per_block;  // rows of scales from 64 columns of a stage to the next: 0 or 1
+  int row_tiles, token_tiles;
+  int runs, pieces_per_cluster;  // of a token tile; row blocks of each. Or, where not 0:
+  int token_group;               // clusters do whole tiles, in groups of so many token tiles
+  int stages, stages_per_block;
+  int cluster;  // blocks that share a tile's k
+};
+
+template <int kTokens_, int kRowBlocks_, int kStageBlocks_, int kPeriod_>
+struct PrefillShape {
+  static constexpr plan::PrefillTile kTile{kTokens_, kRowBlocks_, kStageBlocks_};
+  static constexpr int kTokens = kTokens_, kStageBlocks = kStageBlocks_;
+  static constexpr int kPeriod = kPeriod_;  // 32: columns between scales. 64: or more
+  static constexpr int kRowBlocks = kRowBlocks_, kRows = kTile.rows();
+  static constexpr int kConsumers = kTile.consumers();
+  static constexpr int kStages = kTile.stages(), kStageBytes = kTile.stage_bytes();
+  static constexpr int kRowBlockBytes = kStageBlocks * layout::kBytesPerBlock;
+  static constexpr int kInputAt = 0, kWeightsAt = kTile.input_bytes();
+  static constexpr int kScalesAt = kTile.scales_at(), kZerosAt = kTile.zeros_at();
+  static constexpr int kOutputAt = kTile.output_at(), kBarriersAt = kTile.barriers_at();
+  static constexpr int kSumStride = kTile.sum_stride();
+  // Per thread; together, what the block's threads have at its launch.
+  static constexpr int kProducerRegisters = kRowBlocks == 4 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kRowBlocks == 4 ? 112 : 232;
+  static_assert(kStages >= 3 && kStages <= 16 && kTokens % 16 == 0);
+  static_assert(kTokens * kSumStride * 4 <= kOutputAt);
+};
+
+// The tiles of this block's cluster, in turn. What can be computed is not kept: registers are short.
+// Few pieces: a run of neighbours within one token tile.
+// Many: every so-many-th whole tile of an order in which those that are done at the same time share
+// weights and activations, which then come from the L2 cache.
+template <typename Element, typename S>
+struct TileCursor {
+  const PrefillParams<Element>& p;
+  int at;  // a piece of a run (row blocks of the first token tile, then of the next), or a tile
+
+  __device__ explicit TileCursor(const PrefillParams<Element>& params) : p(params) {
+    at = p.token_group ? cluster() : first_of_run();
+  }
+  __device__ int cluster() const { return static_cast<int>(blockIdx.x) / p.cluster; }
+  __device__ int first_of_run() const {
+    return cluster() / p.runs * p.n_blocks + cluster() % p.runs * p.pieces_per_cluster;
+  }
+  __device__ int last() const {
+    if (p.token_group) return p.row_tiles * p.token_tiles;
+    return min(first_of_run() + p.pieces_per_cluster, (cluster() / p.runs + 1) * p.n_blocks);
+  }
+  __device__ bool valid() const { return at < last(); }
+  __device__ void advance() {
+    at += p.token_group ? static_cast<int>(gridDim.x) / p.cluster : pieces();
+  }
+  // Of the group of token tiles that a whole tile is in: its first, and how many it has.
+  __device__ int group_first() const { return at / (p.token_group * p.row_tiles) * p.token_group; }
+  __device__ int group_size() const { return min(p.token_group, p.token_tiles - group_first()); }
+  __device__ int row_block() const {
+    if (!p.token_group) return at % p.n_blocks;
+    return at % (p.token_group * p.row_tiles) / group_size() * S::kRowBlocks;
+  }
+  __device__ int token() const {
+    if (!p.token_group) return at / p.n_blocks * S::kTokens;
+    return (group_first() + at % (p.token_group * p.row_tiles) % group_size()) * S::kTokens;
+  }
+  __device__ int pieces() const {
+    return min(S::kRowBlocks, p.token_group ? p.n_blocks - row_block() : last() - at);
+  }
+  // This block's share of the tile's k.
+  __device__ int first_stage() const {
+    return static_cast<int>(blockIdx.x) % p.cluster * p.stages_per_block;
+  }
+  __device__ int stages() const { return min(p.stages_per_block, p.stages - first_stage()); }
+};
+
+}  // namespace marlin::cuda::sm90
