@@ -16,37 +16,15 @@ from operands import DTYPES, make_input, make_weight
 import marlin  # noqa: F401 - loads the ops
 from marlin import _inspect
 
-# (N, K), tokens, multiprocessors: what makes the planner take Hopper's decode kernels of 128 rows,
-# whole tiles and tiles split across a cluster. tests/test_inspect.py checks that none is left out.
-NARROW, NARROW_TOKENS, NARROW_SMS = (
-    ((72, 200, 32), (77, 301, 128), (320, 5000, 64)),
-    (1, 9, 20, 70),
-    (0, 3),
-)
-WIDE, WIDE_TOKENS, WIDE_SMS = (25700, 2100), (9, 20), (0, 1000)
-FORCED_FAMILIES = ("sm80", "sm90_prefill")
-PREFILL_CLUSTERS, PREFILL_SMS = (1, 3), (0, 3)
-
-
-def multiply_wide() -> None:
-    """The planner's choice for a layer with many tiles."""
-    for dtype, group_size, full in ((DTYPES[0], 128, False), (DTYPES[1], 32, True)):
-        w = make_weight(
-            *WIDE, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
-        )
-        dense = w.dense64()
-        for sms in WIDE_SMS:
-            _inspect.force_plan(sms=sms)
-            for m in WIDE_TOKENS:
-                x = make_input(m, WIDE[1], dtype=dtype, device="cuda")
-                reference.assert_close(w.gemm(x), x, dense, w.bias)
-    _inspect.force_plan()
+SHAPES = ((72, 200, 32), (77, 301, 128), (320, 5000, 64))  # N, K, group size
+SMS = (0, 3)  # multiprocessors: on three, blocks do many units
+HOPPER_CLUSTERS = (1, 2, 3)
 
 
 def multiply() -> None:
-    """Every kernel, with and without every option; on 3 multiprocessors, blocks do many units."""
+    """Every sm80 kernel and the planner's choice, with and without every option."""
     for dtype in DTYPES:
-        for n, k, group_size in NARROW:
+        for n, k, group_size in SHAPES:
             for full in (False, True):
                 w = make_weight(
                     n, k, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
@@ -54,17 +32,17 @@ def multiply() -> None:
                 dense = w.dense64()
                 ids = [kernel["id"] for kernel in _inspect.plans() if kernel["family"] == "sm80"]
                 for id in (*ids, -1):  # -1: the planner's choice, Hopper's kernels where it can
-                    for sms in NARROW_SMS:
+                    for sms in SMS:
                         _inspect.force_plan(id, sms=sms)
-                        for m in NARROW_TOKENS if id == -1 else (7,):
+                        for m in (1, 9, 20, 70) if id == -1 else (7,):
                             x = make_input(m, k, dtype=dtype, device="cuda")
                             rounded = False if id >= 0 else None
                             reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=rounded)
     _inspect.force_plan()
 
 
-def multiply_prefill() -> None:
-    """Every prefill kernel, alone and in clusters, in runs of pieces and in groups of tiles."""
+def multiply_on_hopper() -> None:
+    """Every Hopper kernel: blocks that do a part of a tile, one, or many; alone and in clusters."""
     if torch.cuda.get_device_capability() != (9, 0):
         return
     for dtype, group_size, full in ((DTYPES[0], 128, False), (DTYPES[1], 32, True)):
@@ -73,14 +51,15 @@ def multiply_prefill() -> None:
         )
         dense = w.dense64()
         for kernel in _inspect.plans():
-            if kernel["family"] != "sm90_prefill":
+            if kernel["family"] == "sm80":
                 continue
-            for cluster in PREFILL_CLUSTERS:
-                for sms in PREFILL_SMS:
+            few = kernel["family"] == "sm90_decode"
+            for cluster in HOPPER_CLUSTERS:
+                for sms in SMS:
                     _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
-                    for m in (33, 300):
+                    for m in (1, kernel["tokens"] - 1) if few else (33, 300):
                         x = make_input(m, 700, dtype=dtype, device="cuda")
-                        reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=True)
+                        reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=not few)
     _inspect.force_plan()
 
 
@@ -103,8 +82,7 @@ def main() -> int:
         return 2
     pack()
     multiply()
-    multiply_wide()
-    multiply_prefill()
+    multiply_on_hopper()
     torch.cuda.synchronize()
     print("sanitizer workload: done")
     return 0

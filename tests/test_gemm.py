@@ -105,7 +105,7 @@ def test_one_hot_inputs_read_out_the_weight(
     x = torch.eye(k, dtype=dtype, device=device)
     expected = weight.dense64().T.float().to(dtype)
     assert torch.equal(weight.gemm(x), expected)
-    for m in (5, 12, 24):  # and through the kernels for few tokens
+    for m in (5, 12, 24, 40, 60):  # and through the kernels for few tokens
         for first in range(0, k, m):
             rows = slice(first, first + m)
             assert torch.equal(weight.gemm(x[rows]), expected[rows])
@@ -133,7 +133,7 @@ def test_every_kernel(sms: int) -> None:
                             zeros=options, perm=options, bias=options,
                         )  # fmt: skip
                         dense = weight.dense64()
-                        for m in (1, 11, 30, 150):
+                        for m in (1, 11, 30, 61, 150):
                             if family == "sm90_decode" and m > kernel["tokens"]:
                                 continue
                             x = make_input(m, 5000, dtype=dtype, device="cuda")

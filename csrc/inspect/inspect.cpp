@@ -79,7 +79,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["blocks"] = decode->blocks;
     out["cluster"] = decode->cluster;
     out["row_tiles"] = decode->row_tiles;
-    out["stages_per_block"] = decode->stages_per_block;
+    out["stages_per_tile"] = decode->stages;
     out["workspace_bytes"] = 0;
     return out;
   }

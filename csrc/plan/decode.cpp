@@ -8,9 +8,13 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#define MARLIN_SM90_DECODE(tokens, row_tiles, splits, stage_blocks, least_tiles, least_k, reason) \
-  DecodeKernel{0, DecodeTile{tokens, row_tiles, splits, stage_blocks}, least_tiles, least_k,      \
-               reason},
+#define MARLIN_SM90_DECODE(tokens, row_tiles, splits, stage_blocks, blocks_per_sm, input_stages, \
+                           most_n, most_weights, reason)                                         \
+  DecodeKernel{0,                                                                                \
+               DecodeTile{tokens, row_tiles, splits, stage_blocks, blocks_per_sm, input_stages}, \
+               most_n, most_weights, reason},
+
+constexpr int64_t kAny = int64_t{1} << 62;
 
 auto numbered_table() {
   auto table = std::to_array<DecodeKernel>({
@@ -21,17 +25,6 @@ auto numbered_table() {
 }
 
 #undef MARLIN_SM90_DECODE
-
-// How many blocks should share a tile's k: two where that still leaves a multiprocessor to each and
-// both have work for all splits. Not four: 12.3 us to 9.0 at 4096 x 4096, M = 32 (H200).
-int cluster_for(const DecodeTile& tile, const Problem& problem) {
-  const int64_t tiles = ceil_div(problem.n, tile.rows());
-  const int64_t stages = ceil_div(problem.k, tile.stage_k());
-  return problem.device.clusters_of(2) > 0 && tiles * 2 <= problem.device.sm_count &&
-                 stages >= 2 * tile.splits
-             ? 2
-             : 1;
-}
 
 }  // namespace
 
@@ -52,20 +45,20 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
                     ? static_cast<int>(problem.group_size)
                     : 128;
   plan.row_tiles = static_cast<int>(ceil_div(problem.n, kernel.tile.rows()));
-  plan.cluster = cluster;
-  plan.stages_per_block =
-      static_cast<int>(ceil_div(ceil_div(problem.k, kernel.tile.stage_k()), cluster));
-  plan.blocks =
-      cluster > 1 ? plan.row_tiles * cluster : std::min(plan.row_tiles, problem.device.sm_count);
+  plan.stages = static_cast<int>(ceil_div(problem.k, kernel.tile.stage_k()));
+  plan.cluster = problem.device.clusters_of(cluster) > 0 ? cluster : 1;
+  // Every multiprocessor gets a block, even where there are fewer tiles: with room for two blocks on
+  // each, the next kernel's blocks then find exactly one place on every multiprocessor.
+  plan.blocks = problem.device.clusters_of(plan.cluster) * plan.cluster;
   return plan;
 }
 
 std::optional<DecodePlan> select_decode(const Problem& problem) {
   if (!problem.device.wgmma) return std::nullopt;
   for (const DecodeKernel& kernel : decode_kernels()) {
-    const bool enough_tiles = ceil_div(problem.n, kernel.tile.rows()) >= kernel.least_tiles;
-    if (kernel.tile.tokens < problem.m || !enough_tiles || problem.k < kernel.least_k) continue;
-    return decode_plan_with(kernel, cluster_for(kernel.tile, problem), problem);
+    if (kernel.tile.tokens < problem.m) continue;
+    if (problem.n > kernel.most_n || problem.n * problem.k > kernel.most_weights) continue;
+    return decode_plan_with(kernel, 2, problem);
   }
   return std::nullopt;
 }

@@ -10,62 +10,94 @@
 namespace marlin::plan {
 
 struct DecodeTile {
-  int tokens, row_tiles, splits, stage_blocks;
+  int tokens, row_tiles, splits, stage_blocks, blocks_per_sm, input_stages;
 
   constexpr int rows() const { return 64 * row_tiles; }
   constexpr int stage_k() const { return 64 * stage_blocks; }
   constexpr int consumers() const { return 128 * row_tiles * splits; }
-  constexpr int threads() const { return consumers() + 64; }  // and two producer warps
+  constexpr int threads() const { return consumers() + 128; }  // and a warpgroup of helpers
 
-  // A stage in shared memory, with scales every `period` columns; offsets in bytes. The activations
-  // come first: their swizzle wants 1024-byte alignment.
-  constexpr int input_bytes() const { return tokens * stage_k() * 2; }
+  // Shared memory; offsets in bytes. First the ring of activations, whose swizzle wants 1024-byte
+  // alignment; then the ring of weights, with scales and zero points every `period` columns, on 128
+  // bytes, as the copy engine wants them.
+  constexpr int input_bytes() const { return tokens * stage_k() * 2; }  // of a stage, as the next
   constexpr int weight_bytes() const { return rows() * stage_k() / 2; }
-  constexpr int scales_at() const { return input_bytes() + weight_bytes(); }
-  constexpr int zeros_at(int period) const {
-    return scales_at() + rows() * (stage_k() / period) * 2;
+  constexpr int scale_bytes(int period) const { return rows() * (stage_k() / period) * 2; }
+  constexpr int zero_bytes(int period) const {
+    return (rows() * (stage_k() / period) + 127) / 128 * 128;
   }
-  constexpr int stage_bytes(int period) const {
-    return (zeros_at(period) + rows() * (stage_k() / period) + 1023) / 1024 * 1024;
+  constexpr int weights_at() const { return input_stages * input_bytes(); }
+  constexpr int scales_at(int period) const {
+    return weights_at() + stages(period) * weight_bytes();
+  }
+  constexpr int zeros_at(int period) const {
+    return scales_at(period) + stages(period) * scale_bytes(period);
   }
 
-  // The epilogue's fp32 sums [splits][tokens][rows + 4] and the barriers follow the stages. 4 floats
-  // of padding spread a fragment's rows over all banks.
+  // Then fp32 sums [splits][tokens][rows + 4], where 4 floats of padding spread a fragment's rows over
+  // all banks; what the other block of a pair sends [tokens][rows / 2]; and the barriers.
   constexpr int sum_stride() const { return rows() + 4; }
   constexpr int sum_bytes() const { return splits * tokens * sum_stride() * 4; }
-  constexpr int sums_at(int period) const { return stages(period) * stage_bytes(period); }
-  constexpr int barriers_at(int period) const { return sums_at(period) + sum_bytes(); }
-  constexpr int shared_bytes(int period) const {
-    return barriers_at(period) + kBarrierBytes + kAlignment;
+  constexpr int received_bytes() const { return tokens * rows() / 2 * 4; }
+  constexpr int sums_at(int period) const {
+    return zeros_at(period) + stages(period) * zero_bytes(period);
   }
+  constexpr int received_at(int period) const { return sums_at(period) + sum_bytes(); }
+  constexpr int barriers_at(int period) const { return received_at(period) + received_bytes(); }
+  constexpr int shared_bytes(int period) const { return barriers_at(period) + kBarrierBytes; }
 
-  // As many stages as fit, a multiple of the splits: a slot must always be the same split's.
-  static constexpr int kSharedBytes = 227 * 1024;  // that a block may have on sm_90
-  static constexpr int kBarrierBytes = 2 * 8 * 16, kAlignment = 1024;
+  // As many stages of weights as fit, a multiple of the splits: a slot must always be the same split's.
+  static constexpr int kSharedBytes = 228 * 1024,
+                       kReserved = 1024;  // of a multiprocessor; a block's
+  static constexpr int kMostStages = 24, kBarrierBytes = 8 * (4 * kMostStages + 3);
   constexpr int stages(int period) const {
-    const int room = kSharedBytes - sum_bytes() - kBarrierBytes - kAlignment;
-    const int fit = room / stage_bytes(period) / splits * splits;
-    return fit < 16 ? fit : 16;
+    const int room = kSharedBytes / blocks_per_sm - kReserved - weights_at() - sum_bytes() -
+                     received_bytes() - kBarrierBytes;
+    const int each = weight_bytes() + scale_bytes(period) + zero_bytes(period);
+    const int fit = room / each < kMostStages ? room / each : kMostStages;
+    return fit / splits * splits;
   }
 };
 
 struct DecodeKernel {
   int id;  // its place in the table
   DecodeTile tile;
-  int least_tiles;  // of a layer, and
-  int least_k;      // its input features, for this kernel to be taken
+  int64_t most_n, most_weights;  // a layer with more takes a later line
   const char* reason;
   std::string name() const;
 };
 
 std::span<const DecodeKernel> decode_kernels();
 
+// The tiles of one block. Clusters get equal runs of neighbouring tiles; the blocks of a cluster, equal
+// parts of the run. Where one is left over, a pair shares it: the first block does the first half of
+// its k, and the other the rest.
+struct DecodeShare {
+  int first, whole;  // tiles first .. first + whole - 1
+  int shared;        // the shared tile, done before them; -1: none
+  int rank;          // of the block in its cluster
+
+  static constexpr DecodeShare of(int block, int blocks, int cluster, int row_tiles) {
+    const int at = block / cluster, clusters = blocks / cluster, rank = block % cluster;
+    const int each = row_tiles / clusters,
+              more = row_tiles % clusters;  // so many clusters get one more
+    const int begin = at * each + (at < more ? at : more), count = each + (at < more);
+    const int whole = count / cluster;
+    return {begin + rank * whole, whole, count % cluster ? begin + count - 1 : -1, rank};
+  }
+  // A half of the stages of a shared tile.
+  constexpr int first_shared_stage(int stages) const { return rank == 0 ? 0 : (stages + 1) / 2; }
+  constexpr int shared_stages(int stages) const {
+    return rank == 0 ? (stages + 1) / 2 : stages / 2;
+  }
+};
+
 struct DecodePlan {
   DecodeKernel kernel;
-  int period;            // columns between scales: 32, 64, or 128 for all longer groups
-  int row_tiles;         // tiles of the output features
-  int cluster;           // blocks that share the k of a tile; where 1, a block does whole tiles
-  int stages_per_block;  // of one tile
+  int period;     // columns between scales: 32, 64, or 128 for all longer groups
+  int row_tiles;  // tiles of the output features
+  int stages;     // of a tile
+  int cluster;    // 2: pairs of blocks that may share a tile; 1: none
   int blocks;
 };
 

@@ -108,30 +108,80 @@ TEST(Plan, PartitionDoesEverythingOnce) {
   }
 }
 
-// The decode kernels' grids: every stage of every tile is some block's, once.
+// What the decode kernels do with a plan, in miniature: every stage of every tile is some block's, once,
+// and the two blocks of a pair name the same tile as shared.
+void check_decode(const Problem& problem, const DecodePlan& plan) {
+  const DecodeTile& tile = plan.kernel.tile;
+  ASSERT_GE(tile.tokens, problem.m);
+  ASSERT_LT((plan.row_tiles - 1) * int64_t{tile.rows()}, problem.n);
+  ASSERT_GE(plan.row_tiles * int64_t{tile.rows()}, problem.n);
+  ASSERT_GE(plan.stages * int64_t{tile.stage_k()}, problem.k);
+  ASSERT_EQ(plan.blocks % plan.cluster, 0);
+  ASSERT_LE(plan.blocks, problem.device.sm_count);
+  std::vector<int> done(static_cast<size_t>(plan.row_tiles) * plan.stages);
+  int most = 0, least = 2 * plan.row_tiles;  // of half tiles of a block
+  for (int block = 0; block < plan.blocks; ++block) {
+    const auto share = DecodeShare::of(block, plan.blocks, plan.cluster, plan.row_tiles);
+    const auto pair = DecodeShare::of(block ^ 1, plan.blocks, plan.cluster, plan.row_tiles);
+    ASSERT_EQ(share.rank, block % plan.cluster);
+    if (plan.cluster == 1) ASSERT_EQ(share.shared, -1);
+    if (plan.cluster == 2) ASSERT_EQ(share.shared, pair.shared);
+    for (int i = 0; i < share.whole; ++i) {
+      for (int stage = 0; stage < plan.stages; ++stage) {
+        ++done[static_cast<size_t>(share.first + i) * plan.stages + stage];
+      }
+    }
+    if (share.shared >= 0) {
+      const int first = share.first_shared_stage(plan.stages);
+      for (int i = 0; i < share.shared_stages(plan.stages); ++i) {
+        ++done[static_cast<size_t>(share.shared) * plan.stages + first + i];
+      }
+    }
+    const int half_tiles = 2 * share.whole + (share.shared >= 0);
+    most = std::max(most, half_tiles);
+    least = std::min(least, half_tiles);
+  }
+  for (const int times : done) ASSERT_EQ(times, 1);
+  ASSERT_LE(most - least, plan.cluster == 2 ? 1 : 2) << "work is not shared equally";
+}
+
 TEST(Plan, DecodeGridsDoEverythingOnce) {
   std::mt19937 random(4);
   const auto up_to = [&](int64_t most) { return 1 + static_cast<int64_t>(random() % most); };
   for (int i = 0; i < 2000; ++i) {
-    Problem problem{up_to(32), up_to(i % 2 ? 9000 : 60000), up_to(30000), 128, device_of(90, 132)};
+    Problem problem{up_to(64), up_to(i % 2 ? 9000 : 60000), up_to(30000), 128, device_of(90, 132)};
     problem.device.wgmma = true;
     if (i % 5 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
     const auto plan = select_decode(problem);
     ASSERT_TRUE(plan.has_value());
-    const DecodeTile& tile = plan->kernel.tile;
-    ASSERT_GE(tile.tokens, problem.m);
-    ASSERT_LE(tile.shared_bytes(32), problem.device.shared_bytes);
-    ASSERT_LT((plan->row_tiles - 1) * int64_t{tile.rows()}, problem.n);
-    ASSERT_GE(plan->row_tiles * int64_t{tile.rows()}, problem.n);
-    ASSERT_GE(int64_t{plan->stages_per_block} * plan->cluster * tile.stage_k(), problem.k);
-    ASSERT_EQ(tile.rows() % plan->cluster, 0);
-    if (plan->cluster > 1) {
-      ASSERT_EQ(plan->blocks, plan->row_tiles * plan->cluster);
-    } else {
-      ASSERT_LE(plan->blocks, plan->row_tiles);
-    }
+    ASSERT_NO_FATAL_FAILURE(check_decode(problem, *plan));
+    const auto& kernel = decode_kernels()[random() % decode_kernels().size()];
+    problem.m = std::min<int64_t>(problem.m, kernel.tile.tokens);
+    const auto cluster = static_cast<int>(up_to(2));
+    ASSERT_NO_FATAL_FAILURE(check_decode(problem, decode_plan_with(kernel, cluster, problem)));
   }
   EXPECT_FALSE(select_decode({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
+}
+
+TEST(Plan, DecodeKernelsFitAsOftenAsTheySay) {
+  for (const DecodeKernel& kernel : decode_kernels()) {
+    for (const int period : {32, 64, 128}) {
+      EXPECT_LE(kernel.tile.shared_bytes(period) + DecodeTile::kReserved,
+                DecodeTile::kSharedBytes / kernel.tile.blocks_per_sm)
+          << kernel.name();
+      EXPECT_GE(kernel.tile.stages(period), kernel.tile.splits) << kernel.name();
+    }
+  }
+}
+
+TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {
+  Problem problem{1, 4096, 4096, 128, device_of(90, 132)};
+  problem.device.wgmma = true;
+  problem.device.clusters = {0, 132, -1, -1, -1, -1, -1, -1, -1};
+  const auto plan = select_decode(problem);
+  EXPECT_EQ(plan->cluster, 1);
+  EXPECT_EQ(plan->blocks, 132);
+  check_decode(problem, *plan);
 }
 
 // What the prefill kernels do with a plan, in miniature: every piece of 64 output features by a tile of

@@ -46,6 +46,11 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, i
       : "memory");
 }
 
+// Brings `bytes` (a multiple of 16) of global memory, 16-byte aligned, to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* global, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
 // Copies a box of a tensor; what lies outside the tensor arrives as zeros.
 __device__ __forceinline__ void tensor_copy(uint32_t shared, const CUtensorMap& map, int x, int y,
                                             uint32_t barrier) {
@@ -107,25 +112,39 @@ __device__ __forceinline__ void cluster_sync() {
                    : "memory");
 }
 
+// The two halves of cluster_sync.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ int cluster_rank() {
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-// The float at the same shared address in another block of the cluster.
-__device__ __forceinline__ float load_from_block(uint32_t shared, int rank) {
+// Where in the cluster's shared memory another block has what this one has at `shared`.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t shared, int rank) {
   uint32_t there;
-  float value;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-  return value;
+  return there;
+}
+
+// Stores 16 bytes in another block and counts them on a barrier there; both as address_in_block().
+__device__ __forceinline__ void send_to_block(uint32_t to, uint32_t barrier, const float4& value) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, "
+      "[%1];" ::"r"(to),
+      "r"(barrier), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+      : "memory");
 }
 
 // Adds the eight floats at the same shared address, a multiple of 16, in another block of the cluster.
 __device__ __forceinline__ void add_from_block(float (&sum)[8], uint32_t shared, int rank) {
-  uint32_t there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
+  const uint32_t there = address_in_block(shared, rank);
 #pragma unroll
   for (int i = 0; i < 8; i += 4) {
     float v[4];

@@ -16,6 +16,11 @@ __device__ __forceinline__ Value load_shared(uint32_t address) {
   return *static_cast<const Value*>(__cvta_shared_to_generic(address));
 }
 
+template <typename Value>
+__device__ __forceinline__ void store_shared(uint32_t address, const Value& value) {
+  *static_cast<Value*>(__cvta_shared_to_generic(address)) = value;
+}
+
 // Copies 16 bytes, past L1; writes zeros, and reads nothing, where not `valid`.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),

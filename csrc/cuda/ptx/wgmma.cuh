@@ -87,6 +87,7 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[kTokens / 2], const uint
 MARLIN_WGMMA(8, MARLIN_NAMES_4, "{%4, %5, %6, %7}, %8", "%9", MARLIN_D4(0))
 MARLIN_WGMMA(16, MARLIN_NAMES_8, "{%8, %9, %10, %11}, %12", "%13", MARLIN_D8(0))
 MARLIN_WGMMA(32, MARLIN_NAMES_16, "{%16, %17, %18, %19}, %20", "%21", MARLIN_D16(0))
+MARLIN_WGMMA(48, MARLIN_NAMES_24, "{%24, %25, %26, %27}, %28", "%29", MARLIN_D16(0), MARLIN_D8(16))
 MARLIN_WGMMA(64, MARLIN_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", MARLIN_D32(0))
 MARLIN_WGMMA(80, MARLIN_NAMES_40, "{%40, %41, %42, %43}, %44", "%45", MARLIN_D32(0), MARLIN_D8(32))
 MARLIN_WGMMA(96, MARLIN_NAMES_48, "{%48, %49, %50, %51}, %52", "%53", MARLIN_D32(0), MARLIN_D16(32))

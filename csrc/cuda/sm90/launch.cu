@@ -109,7 +109,7 @@ void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cud
   DecodeParams<Element> p{};
   describe(p, args, operands, tile.tokens, tile.rows(), tile.stage_blocks, plan.period);
   p.row_tiles = plan.row_tiles;
-  p.stages_per_block = plan.stages_per_block;
+  p.stages = plan.stages;
   p.cluster = plan.cluster;
   start(decode_instance<Element>(plan.kernel.id, plan.period), p, plan.blocks, tile.threads(),
         tile.shared_bytes(plan.period), plan.cluster, stream);

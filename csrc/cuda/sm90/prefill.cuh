@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(S::kTile.threads(), 1)
     ptx::give_registers<S::kProducerRegisters>();
     const int warp =
         __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32 - S::kConsumers / 32, 0);
-    PrefillProducer<Element, S>{p, ptx::shared_address(shared), full, empty}.run(warp);
+    PrefillProducer<Element, S>{p, ptx::shared_address(shared), {full, empty}}.run(warp);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     ptx::wait_for_earlier_kernels();

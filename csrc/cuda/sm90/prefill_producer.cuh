@@ -3,6 +3,7 @@
 
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/sm90/prefill_tiles.cuh"
+#include "cuda/sm90/ring.cuh"
 
 namespace marlin::cuda::sm90 {
 
@@ -15,18 +16,8 @@ struct PrefillProducer {
   static constexpr int kArrivals = 3;  // on the barrier of a full stage
 
   const PrefillParams<Element>& p;
-  uint32_t shared, full, empty;
-  int slot = 0, parity = 1;  // a new barrier's previous phase counts as complete
-
-  // Waits for the next slot to be free and has one thread call copy(stage address, barrier). The whole
-  // warp gets here, so that the compiler keeps addresses in uniform registers, as copies want them.
-  template <typename Copy>
-  __device__ __forceinline__ void fill_slot(Copy&& copy) {
-    ptx::mbarrier_wait(empty + 8 * slot, parity);
-    if (ptx::elect_one()) copy(shared + slot * S::kStageBytes, full + 8 * slot);
-    __syncwarp();
-    if (++slot == S::kStages) slot = 0, parity ^= 1;
-  }
+  uint32_t shared;
+  RingProducer<S::kStages> ring;
 
   __device__ void run(int warp) {
     if (warp == 1 || !p.static_weights) ptx::wait_for_earlier_kernels();
@@ -50,7 +41,8 @@ struct PrefillProducer {
     int blocks = min(tile.stages() * S::kStageBlocks, p.k_blocks - first_block);
 #pragma unroll 1
     for (; blocks > 0; blocks -= S::kStageBlocks) {
-      fill_slot([&](uint32_t stage, uint32_t barrier) {
+      ring.fill([&](int slot, uint32_t barrier) {
+        const uint32_t stage = shared + slot * S::kStageBytes;
         const int bytes = min(S::kStageBlocks, blocks) * layout::kBytesPerBlock;
         ptx::mbarrier_arrive_expect(barrier, pieces * bytes);
 #pragma unroll
@@ -71,7 +63,8 @@ struct PrefillProducer {
     const int last = block + tile.stages() * S::kStageBlocks;
 #pragma unroll 1
     for (; block < last; block += S::kStageBlocks) {
-      fill_slot([&](uint32_t stage, uint32_t barrier) {
+      ring.fill([&](int slot, uint32_t barrier) {
+        const uint32_t stage = shared + slot * S::kStageBytes;
         ptx::mbarrier_arrive_expect(barrier, S::kTile.input_bytes());
         ptx::tensor_copy(stage + S::kInputAt, p.input, 0, token, block, barrier);
       });
@@ -87,7 +80,8 @@ struct PrefillProducer {
     int column = tile.first_stage() * step;
 #pragma unroll 1
     for (int i = tile.stages(); i > 0; --i) {
-      fill_slot([&](uint32_t stage, uint32_t barrier) {
+      ring.fill([&](int slot, uint32_t barrier) {
+        const uint32_t stage = shared + slot * S::kStageBytes;
         const int group = column >> p.period_log2;
         ptx::mbarrier_arrive_expect(barrier, bytes);
         ptx::tensor_copy(stage + S::kScalesAt, p.scales, row, group, barrier);

@@ -1,0 +1,94 @@
+// The producer warps of a decode kernel (decode.cuh): they fill the ring of stages.
+#pragma once
+
+#include "cuda/sm90/decode_tiles.cuh"
+#include "cuda/sm90/ring.cuh"
+
+namespace marlin::cuda::sm90 {
+
+// Three warps, so that none waits for another's copies to be issued. What does not change within a tile
+// is computed once: the ring is filled no faster than the longest of these loops runs.
+template <typename Element, typename S>
+struct DecodeProducer {
+  using Cursor = DecodeCursor<Element, S>;
+
+  const DecodeParams<Element>& p;
+  uint32_t shared;
+  const DecodeBarriers<S>& barriers;
+
+  __device__ void copy_weights() const {
+    RingProducer<S::kStages> ring{barriers.full(), barriers.empty()};
+    if (!p.static_weights) ptx::wait_for_earlier_kernels();
+#pragma unroll 1
+    for (Cursor work(p); work.valid(); work.advance()) {
+      const int row_block = work.tile() * S::kRowTiles;
+      const int row_blocks = min(S::kRowTiles, p.n_blocks - row_block);
+      const int first_block = work.first_stage() * S::kStageBlocks;
+      const int32_t* from =
+          p.qweight + layout::word_index(row_block, first_block, p.k_blocks, 0, 0);
+      const int64_t to_next_row_block = int64_t{p.k_blocks} * layout::kWordsPerBlock;
+      int blocks = min(work.stages() * S::kStageBlocks, p.k_blocks - first_block);
+#pragma unroll 1
+      for (; blocks > 0; blocks -= S::kStageBlocks) {
+        ring.fill([&](int slot, uint32_t barrier) {
+          const int bytes = min(S::kStageBlocks, blocks) * layout::kBytesPerBlock;
+          const uint32_t to = shared + S::kWeightsAt + slot * S::kWeightBytes;
+          ptx::mbarrier_arrive_expect(barrier, row_blocks * bytes);
+#pragma unroll
+          for (int r = 0; r < S::kRowTiles; ++r) {
+            if (r < row_blocks) {
+              ptx::bulk_copy(to + r * S::kRowTileBytes, from + r * to_next_row_block, bytes,
+                             barrier);
+            }
+          }
+        });
+        from += S::kStageBlocks * layout::kWordsPerBlock;
+      }
+    }
+  }
+
+  __device__ void copy_input() const {
+    RingProducer<S::kInputStages> ring{barriers.input_full(), barriers.input_empty()};
+    ptx::wait_for_earlier_kernels();
+#pragma unroll 1
+    for (Cursor work(p); work.valid(); work.advance()) {
+      int block = work.first_stage() * S::kStageBlocks;
+#pragma unroll 1
+      for (int i = work.stages(); i > 0; --i) {
+        ring.fill([&](int slot, uint32_t barrier) {
+          ptx::mbarrier_arrive_expect(barrier, S::kInputBytes);
+          ptx::tensor_copy(shared + slot * S::kInputBytes, p.input, 0, 0, block, barrier);
+        });
+        block += S::kStageBlocks;
+      }
+    }
+  }
+
+  // A layer with one group has one row of scales, which is copied for every stage.
+  __device__ void copy_scales() const {
+    RingProducer<S::kStages> ring{barriers.full(), barriers.empty()};
+    if (!p.static_weights) ptx::wait_for_earlier_kernels();
+    const int groups = p.one_group ? 1 : S::kGroups, step = p.one_group ? 0 : S::kGroups;
+    const int bytes = S::kRows * groups * (p.has_zeros ? 3 : 2);
+#pragma unroll 1
+    for (Cursor work(p); work.valid(); work.advance()) {
+      const int row = work.tile() * S::kRows;
+      int group = work.first_stage() * step;
+#pragma unroll 1
+      for (int i = work.stages(); i > 0; --i) {
+        ring.fill([&](int slot, uint32_t barrier) {
+          ptx::mbarrier_arrive_expect(barrier, bytes);
+          ptx::tensor_copy(shared + S::kScalesAt + slot * S::kScaleBytes, p.scales, row, group,
+                           barrier);
+          if (p.has_zeros) {
+            ptx::tensor_copy(shared + S::kZerosAt + slot * S::kZeroBytes, p.zeros, row, group,
+                             barrier);
+          }
+        });
+        group += step;
+      }
+    }
+  }
+};
+
+}  // namespace marlin::cuda::sm90

@@ -1,0 +1,86 @@
+// What a decode kernel (decode.cuh) is told, its shape, and the order of its tiles.
+#pragma once
+
+#include "cuda/sm90/layer.h"
+#include "layout/packed.h"
+#include "plan/decode.h"
+
+namespace marlin::cuda::sm90 {
+
+template <typename Element>
+struct DecodeParams : LayerParams<Element> {
+  int row_tiles, stages;  // stages of a tile
+  int cluster;
+};
+
+template <int kTokens_, int kRowTiles_, int kSplits_, int kStageBlocks_, int kBlocksPerSm_,
+          int kInputStages_, int kPeriod_>
+struct DecodeShape {
+  static constexpr plan::DecodeTile kTile{kTokens_,      kRowTiles_,    kSplits_,
+                                          kStageBlocks_, kBlocksPerSm_, kInputStages_};
+  static constexpr int kTokens = kTokens_, kRowTiles = kRowTiles_, kSplits = kSplits_;
+  static constexpr int kStageBlocks = kStageBlocks_, kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kPeriod = kPeriod_;  // columns between scales
+  static constexpr int kStages = kTile.stages(kPeriod), kInputStages = kInputStages_;
+  static constexpr int kGroups = kTile.stage_k() / kPeriod;  // rows of scales in a stage
+  static constexpr int kRows = kTile.rows(), kThreads = kTile.threads();
+  static constexpr int kConsumers = kTile.consumers();
+  static constexpr int kRowTileBytes = kStageBlocks * layout::kBytesPerBlock;
+  static constexpr int kInputBytes = kTile.input_bytes(), kWeightBytes = kTile.weight_bytes();
+  static constexpr int kWeightsAt = kTile.weights_at();
+  static constexpr int kScalesAt = kTile.scales_at(kPeriod), kZerosAt = kTile.zeros_at(kPeriod);
+  static constexpr int kScaleBytes = kTile.scale_bytes(kPeriod);
+  static constexpr int kZeroBytes = kTile.zero_bytes(kPeriod);
+  static constexpr int kSumStride = kTile.sum_stride(), kSumsAt = kTile.sums_at(kPeriod);
+  static constexpr int kReceivedAt = kTile.received_at(kPeriod);
+  static constexpr int kBarriersAt = kTile.barriers_at(kPeriod);
+  static_assert(kStages > 0 && kStages % kSplits == 0);
+  static_assert(kInputStages > 0 && kInputStages % kSplits == 0);
+  static_assert(kStages <= plan::DecodeTile::kMostStages);
+
+  // Registers per thread: what a block's threads have at its launch, shared out anew among its roles.
+  static constexpr int kRegisters = 65536 / kBlocksPerSm / kThreads / 8 * 8;
+  static constexpr int kHelperRegisters = kBlocksPerSm == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters =
+      (kRegisters * kThreads - kHelperRegisters * 128) / kConsumers / 8 * 8;
+};
+
+// The barriers of a block, by address.
+template <typename S>
+struct DecodeBarriers {
+  uint32_t at;
+
+  // Of every stage of weights and scales, and of activations.
+  __device__ uint32_t full() const { return at; }
+  __device__ uint32_t empty() const { return full() + 8 * S::kStages; }
+  __device__ uint32_t input_full() const { return empty() + 8 * S::kStages; }
+  __device__ uint32_t input_empty() const { return input_full() + 8 * S::kInputStages; }
+  // Of the buffer of sums.
+  __device__ uint32_t sums_full() const { return input_empty() + 8 * S::kInputStages; }
+  __device__ uint32_t sums_free() const { return sums_full() + 8; }
+  // Of what the other block of a pair sends.
+  __device__ uint32_t received() const { return sums_free() + 8; }
+};
+
+// A block's tiles, in turn: the shared one, of which it does its half of k, then the others.
+template <typename Element, typename S>
+struct DecodeCursor {
+  const DecodeParams<Element>& p;
+  plan::DecodeShare share;
+  int at;  // -1: the shared tile
+
+  __device__ explicit DecodeCursor(const DecodeParams<Element>& params)
+      : p(params),
+        share(plan::DecodeShare::of(static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
+                                    params.cluster, params.row_tiles)),
+        at(share.shared < 0 ? 0 : -1) {}
+  __device__ bool valid() const { return at < share.whole; }
+  __device__ bool last() const { return at + 1 == share.whole; }
+  __device__ void advance() { ++at; }
+  __device__ bool shared() const { return at < 0; }
+  __device__ int tile() const { return shared() ? share.shared : share.first + at; }
+  __device__ int first_stage() const { return shared() ? share.first_shared_stage(p.stages) : 0; }
+  __device__ int stages() const { return shared() ? share.shared_stages(p.stages) : p.stages; }
+};
+
+}  // namespace marlin::cuda::sm90
