@@ -47,27 +47,65 @@ struct DecodeConsumer {
     }
   }
 
-  // One stage.
+  // One stage, in spans of columns whose multiplications are all under way before the first is waited
+  // for: as many groups as there are registers for the sums of.
   __device__ void multiply() {
-    const uint64_t b = place.input_descriptor();
     constexpr int kSteps = S::kPeriod / 16;  // of 16 columns, between scales
+    // 128 columns, or 64 where two blocks share the registers; with many tokens, one group.
+    constexpr int kSpan = S::kBlocksPerSm == 1 ? 8 : 4;
+    constexpr int kFit = kTokens < 64 ? 64 / kTokens : 1, kWanted = kSpan / kSteps;
+    constexpr int kGroups = kWanted < 1 ? 1 : kWanted < kFit ? kWanted : kFit;
+    const uint64_t b = place.input_descriptor();
 #pragma unroll
     for (int half = 0; half < S::kStageBlocks / 2; ++half) {  // 128 columns
       const uint4 words[2] = {place.words(half * 2), place.words(half * 2 + 1)};
 #pragma unroll
-      for (int first = 0; first < 8; first += kSteps) {
-        multiply_group(words, b, half * 8 + first, first);
+      for (int first = 0; first < 8; first += kSteps * kGroups) {
+        multiply_span<kSteps, kGroups>(words, b, half * 8 + first, first);
       }
     }
   }
 
-  // The kPeriod columns from step `at` of the stage on: they have one scale per row.
-  __device__ void multiply_group(const uint4 (&words)[2], uint64_t b, int at, int first) {
+  // kGroups groups of kSteps steps each, from step `at` of the stage on.
+  template <int kSteps, int kGroups>
+  __device__ void multiply_span(const uint4 (&words)[2], uint64_t b, int at, int first) {
     constexpr int kMost = kTokens > 32 ? 2 : 4;  // fragments at a time; with more, registers spill
-    constexpr int kSteps = S::kPeriod / 16, kBatch = kSteps < kMost ? kSteps : kMost;
-    const int group = p.one_group ? 0 : at / kSteps;
-    float scale[2], partial[kTokens / 2];
-    uint32_t subtrahend[2], a[kSteps][4];
+    constexpr int kBatch = kSteps < kMost ? kSteps : kMost;
+    float scale[kGroups][2], partial[kGroups][kTokens / 2];
+    uint32_t subtrahend[kGroups][2], a[kGroups * kSteps][4];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) load_factors(scale[g], subtrahend[g], at / kSteps + g);
+#pragma unroll
+    for (int batch = 0; batch < kGroups * kSteps; batch += kBatch) {
+      const int g = batch / kSteps;
+#pragma unroll
+      for (int i = batch; i < batch + kBatch; ++i) {
+        convert<Element>(a[i], (&words[(first + i) / 4].x)[(first + i) % 4], subtrahend[g]);
+      }
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = batch; i < batch + kBatch; ++i) {  // 4 steps lie in 128 bytes
+        const int step = at + i;
+        ptx::wgmma_m64k16<Element, kTokens>(
+            partial[g], a[i], b + static_cast<uint64_t>(step / 4 * kTokens * 8 + step % 4 * 2),
+            i % kSteps > 0);
+      }
+      ptx::wgmma_commit();
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) {
+        asm volatile("" : "+f"(partial[g][i])::"memory");  // not read before the wait
+        sums[i] = fmaf(partial[g][i], scale[g][i / 2 % 2], sums[i]);
+      }
+    }
+  }
+
+  // Of this thread's two rows, for a group of the stage.
+  __device__ void load_factors(float (&scale)[2], uint32_t (&subtrahend)[2], int group) const {
+    if (p.one_group) group = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       scale[i] = to_float(ptx::load_shared<Element>(place.scales(group) + 8 * i * 2));
@@ -79,27 +117,6 @@ struct DecodeConsumer {
         subtrahend[i] =
             layout::subtrahend<Format>(ptx::load_shared<uint8_t>(place.zeros(group) + 8 * i), i);
       }
-    }
-#pragma unroll
-    for (int batch = 0; batch < kSteps; batch += kBatch) {
-#pragma unroll
-      for (int i = batch; i < batch + kBatch; ++i) {
-        convert<Element>(a[i], (&words[(first + i) / 4].x)[(first + i) % 4], subtrahend);
-      }
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int i = batch; i < batch + kBatch; ++i) {  // 4 steps lie in 128 bytes
-        const int step = at + i;
-        ptx::wgmma_m64k16<Element, kTokens>(
-            partial, a[i], b + static_cast<uint64_t>(step / 4 * kTokens * 8 + step % 4 * 2), i > 0);
-      }
-      ptx::wgmma_commit();
-    }
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) {
-      asm volatile("" : "+f"(partial[i])::"memory");  // not read before the wait
-      sums[i] = fmaf(partial[i], scale[i / 2 % 2], sums[i]);
     }
   }
 
