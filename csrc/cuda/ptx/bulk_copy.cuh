@@ -46,11 +46,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, i
       : "memory");
 }
 
-// Brings `bytes` (a multiple of 16) of global memory, 16-byte aligned, to the L2 cache.
-__device__ __forceinline__ void prefetch(const void* global, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 // Copies a box of a tensor; what lies outside the tensor arrives as zeros.
 __device__ __forceinline__ void tensor_copy(uint32_t shared, const CUtensorMap& map, int x, int y,
                                             uint32_t barrier) {
@@ -112,18 +107,12 @@ __device__ __forceinline__ void cluster_sync() {
                    : "memory");
 }
 
-// The two halves of cluster_sync.
+// The two halves of cluster_sync, for kernels that were launched in clusters.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ int cluster_rank() {
-  int rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
 }
 
 // Where in the cluster's shared memory another block has what this one has at `shared`.

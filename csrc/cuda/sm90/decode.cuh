@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   }
   if (p.static_weights) ptx::let_next_kernel_start();
   __syncthreads();
-  ptx::cluster_arrive();  // the other block's barriers are ready once its threads have got here
+  const bool pairs = p.cluster > 1;
+  if (pairs) ptx::cluster_arrive();  // a block's barriers are ready once its threads have got here
   if (threadIdx.x >= S::kConsumers) {
     ptx::give_registers<S::kHelperRegisters>();
     const int warp =
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     if (warp == 0) producer.copy_weights();
     if (warp == 1) producer.copy_input();
     if (warp == 2) producer.copy_scales();
-    ptx::cluster_wait();
+    if (pairs) ptx::cluster_wait();
     if (warp == 3) {
       ptx::wait_for_earlier_kernels();
       finish_tiles<Element, S>(p, base, barriers);
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     ptx::take_registers<S::kConsumerRegisters>();
     ptx::wait_for_earlier_kernels();
     if (!p.static_weights) ptx::let_next_kernel_start();
-    ptx::cluster_wait();
+    if (pairs) ptx::cluster_wait();
     DecodeConsumer<Element, S>{p, DecodePlace<S>(base)}.run();
   }
 #endif
