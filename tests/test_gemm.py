@@ -158,11 +158,13 @@ def test_one_hot_inputs_through_every_kernel(dtype: torch.dtype) -> None:
         for kernel in _inspect.plans():
             if kernel["family"] != "sm80" and torch.cuda.get_device_capability() != (9, 0):
                 continue
-            _inspect.force_plan(kernel["id"])
-            for m in {min(kernel["tokens"], k), k}:
-                for first in range(0, k, m):
-                    rows = slice(first, first + m)
-                    assert torch.equal(weight.gemm(x[rows]), expected[rows]), kernel["name"]
+            few = kernel["family"] == "sm90_decode"
+            for cluster in (1, 2) if few else (1,):
+                _inspect.force_plan(kernel["id"], cluster=cluster)
+                for m in {min(kernel["tokens"], k), kernel["tokens"] if few else k}:
+                    for first in range(0, k, m):
+                        rows = slice(first, first + m)
+                        assert torch.equal(weight.gemm(x[rows]), expected[rows]), kernel["name"]
     finally:
         _inspect.force_plan()
 
@@ -233,6 +235,9 @@ def test_strided_rows(device: str) -> None:
     for name, x in views.items():
         assert torch.equal(weight.gemm(x), weight.gemm(x.contiguous())), name
         reference.assert_close(weight.gemm(x), x, dense)
+    whole = make_weight(72, 256, device=device)  # a K that needs no padding
+    for x in (wide[:1, :256].expand(5, 256), wide.flatten().as_strided((6, 256), (8, 1))):
+        assert torch.equal(whole.gemm(x), whole.gemm(x.contiguous()))
     x = wide[:, :400].view(24, 2, 200).transpose(0, 1)  # rows without one common stride
     assert torch.equal(weight.gemm(x), weight.gemm(x.contiguous()))
 

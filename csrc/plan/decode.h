@@ -69,9 +69,9 @@ struct DecodeKernel {
 
 std::span<const DecodeKernel> decode_kernels();
 
-// The tiles of one block. Clusters get equal runs of neighbouring tiles; the blocks of a cluster, equal
-// parts of the run. Where one is left over, a pair shares it: the first block does the first half of
-// its k, and the other the rest.
+// The tiles of one block. Clusters get runs of neighbouring tiles, equal but for one; the blocks of a
+// cluster, equal parts of the run. Where one tile is left over, a pair shares it: the first block does
+// the first half of its k, and the other the rest.
 struct DecodeShare {
   int first, whole;  // tiles first .. first + whole - 1
   int shared;        // the shared tile, done before them; -1: none
@@ -97,7 +97,7 @@ struct DecodePlan {
   int period;     // columns between scales: 32, 64, or 128 for all longer groups
   int row_tiles;  // tiles of the output features
   int stages;     // of a tile
-  int cluster;    // 2: pairs of blocks that may share a tile; 1: none
+  int cluster;    // 2: pairs of blocks that may share a tile; 1: launched without clusters
   int blocks;
 };
 

@@ -107,15 +107,18 @@ __device__ __forceinline__ void cluster_sync() {
                    : "memory");
 }
 
-// The two halves of cluster_sync, for kernels that were launched in clusters.
+// Two halves of a barrier of the cluster, which orders no memory but barriers that were initialised and
+// fenced before it (mbarrier_init_fence). Only where the kernel was launched in clusters: elsewhere ptxas
+// makes the first half nothing and the second a __syncthreads, where warps that wait at different
+// points wait for ever.
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Where in the cluster's shared memory another block has what this one has at `shared`.
+// Where in the shared memory of a cluster another block has what this one has at `shared`.
 __device__ __forceinline__ uint32_t address_in_block(uint32_t shared, int rank) {
   uint32_t there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));

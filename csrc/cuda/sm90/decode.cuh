@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   if (p.static_weights) ptx::let_next_kernel_start();
   __syncthreads();
   const bool pairs = p.cluster > 1;
-  if (pairs) ptx::cluster_arrive();  // a block's barriers are ready once its threads have got here
+  if (pairs) ptx::cluster_arrive();  // this block's barriers are ready for what the other one sends
   if (threadIdx.x >= S::kConsumers) {
     ptx::give_registers<S::kHelperRegisters>();
     const int warp =

@@ -37,12 +37,15 @@ struct DecodeShape {
   static_assert(kStages > 0 && kStages % kSplits == 0);
   static_assert(kInputStages > 0 && kInputStages % kSplits == 0);
   static_assert(kStages <= plan::DecodeTile::kMostStages);
+  static_assert(kInputStages <= plan::DecodeTile::kMostStages);
+  static_assert(kRows <= 256 && kScaleBytes % 128 == 0);  // as tensor copies want it
 
   // Registers per thread: what a block's threads have at its launch, shared out anew among its roles.
   static constexpr int kRegisters = 65536 / kBlocksPerSm / kThreads / 8 * 8;
   static constexpr int kHelperRegisters = kBlocksPerSm == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters =
       (kRegisters * kThreads - kHelperRegisters * 128) / kConsumers / 8 * 8;
+  static_assert(kHelperRegisters * 128 + kConsumerRegisters * kConsumers <= kRegisters * kThreads);
 };
 
 // The barriers of a block, by address.
