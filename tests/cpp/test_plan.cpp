@@ -124,8 +124,7 @@ void check_decode(const Problem& problem, const DecodePlan& plan) {
     const auto share = DecodeShare::of(block, plan.blocks, plan.cluster, plan.row_tiles);
     const auto pair = DecodeShare::of(block ^ 1, plan.blocks, plan.cluster, plan.row_tiles);
     ASSERT_EQ(share.rank, block % plan.cluster);
-    if (plan.cluster == 1) ASSERT_EQ(share.shared, -1);
-    if (plan.cluster == 2) ASSERT_EQ(share.shared, pair.shared);
+    ASSERT_EQ(share.shared, plan.cluster == 1 ? -1 : pair.shared);
     for (int i = 0; i < share.whole; ++i) {
       for (int stage = 0; stage < plan.stages; ++stage) {
         ++done[static_cast<size_t>(share.first + i) * plan.stages + stage];
