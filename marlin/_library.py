@@ -14,7 +14,9 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_ops.abi3.so")
 BLOCK = 64
+SPARSE_COLUMNS = 128  # of a block of a 2:4 sparse weight
 WORDS_PER_BLOCK = 512
+META_WORDS_PER_BLOCK = 256
 
 
 def _load() -> None:
@@ -73,14 +75,32 @@ def _check_not_empty(op: str, name: str, t: Tensor) -> None:
     _check(t.numel() > 0, f"marlin::{op}: {name} must not be empty, got {_shape(t)}")
 
 
-def _check_packed(op: str, qweight: Tensor) -> None:
+def _check_packed(op: str, qweight: Tensor, *, sparse: bool = False) -> None:
     _check_dtype(op, "qweight", qweight, torch.int32)
+    columns = SPARSE_COLUMNS if sparse else BLOCK
+    makers = "pack_24" if sparse else "pack, repack_gptq or repack_awq"
     _check(
         qweight.dim() == 3 and qweight.size(2) == WORDS_PER_BLOCK,
-        f"marlin::{op}: qweight must have shape [ceil(N/64), ceil(K/64), 512], got "
-        f"{_shape(qweight)}; make it with pack, repack_gptq or repack_awq",
+        f"marlin::{op}: qweight must have shape [ceil(N/64), ceil(K/{columns}), 512], got "
+        f"{_shape(qweight)}; make it with {makers}",
     )
     _check_contiguous(op, "qweight", qweight)
+
+
+def _check_meta(op: str, meta: Tensor, qweight: Tensor) -> None:
+    _check_dtype(op, "meta", meta, torch.int32)
+    wanted = [qweight.size(0), qweight.size(1), META_WORDS_PER_BLOCK]
+    _check(
+        list(meta.shape) == wanted,
+        f"marlin::{op}: meta must have shape {wanted}, as qweight, got {_shape(meta)}; make both "
+        "with pack_24",
+    )
+    _check_contiguous(op, "meta", meta)
+    _check_same_device(op, "meta", meta, "qweight", qweight)
+
+
+def _check_quads(op: str, name: str, k: int) -> None:
+    _check(k % 4 == 0, f"marlin::{op}: {name} must be a multiple of 4, got {k}")
 
 
 def group_size_of(groups: int, k: int) -> int:
@@ -91,9 +111,17 @@ def group_size_of(groups: int, k: int) -> int:
 
 
 def _check_weight(
-    op: str, qweight: Tensor, scales: Tensor, zeros: Tensor | None, perm: Tensor | None, k: int
+    op: str,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    k: int,
+    *,
+    sparse: bool = False,
 ) -> int:
-    _check_packed(op, qweight)
+    _check_packed(op, qweight, sparse=sparse)
+    columns = SPARSE_COLUMNS if sparse else BLOCK
     _check(
         scales.dtype in (torch.float16, torch.bfloat16),
         f"marlin::{op}: scales must be float16 or bfloat16, got {_dtype(scales)}",
@@ -108,9 +136,9 @@ def _check_weight(
         f"{qweight.size(0)} blocks of 64 output features",
     )
     _check(
-        k >= 1 and ceil_div(k, BLOCK) == qweight.size(1),
-        f"marlin::{op}: qweight {_shape(qweight)} holds {qweight.size(1)} blocks of 64 input "
-        f"features, but K = {k}",
+        k >= 1 and ceil_div(k, columns) == qweight.size(1),
+        f"marlin::{op}: qweight {_shape(qweight)} holds {qweight.size(1)} blocks of {columns} "
+        f"input features, but K = {k}",
     )
     _check(
         n < 2**30 and k < 2**30,
@@ -247,6 +275,61 @@ def _dequantize_fake(
     _check_packed("dequantize", qweight)
     columns = qweight.size(1) * BLOCK if k is None else k
     n = _check_weight("dequantize", qweight, scales, zeros, perm, columns)
+    return scales.new_empty((n, columns))
+
+
+@torch.library.register_fake("marlin::pack_24")
+def _pack_24_fake(q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    op = "pack_24"
+    _check_dtype(op, "q", q, torch.uint8)
+    _check_dim(op, "q", q, 2, "[N, K]")
+    _check_not_empty(op, "q", q)
+    _check_contiguous(op, "q", q)
+    _check_quads(op, "K of q", q.size(1))
+    _check_dtype(op, "mask", mask, torch.bool)
+    _check(
+        mask.shape == q.shape,
+        f"marlin::{op}: mask must have the shape of q, {_shape(q)}, got {_shape(mask)}",
+    )
+    _check_contiguous(op, "mask", mask)
+    _check_same_device(op, "mask", mask, "q", q)
+    blocks = ceil_div(q.size(0), BLOCK), ceil_div(q.size(1), SPARSE_COLUMNS)
+    return (
+        q.new_empty((*blocks, WORDS_PER_BLOCK), dtype=torch.int32),
+        q.new_empty((*blocks, META_WORDS_PER_BLOCK), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("marlin::unpack_24")
+def _unpack_24_fake(qweight: Tensor, meta: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    _check_packed("unpack_24", qweight, sparse=True)
+    _check_meta("unpack_24", meta, qweight)
+    _check_quads("unpack_24", "k", k)
+    fits = n >= 1 and ceil_div(n, BLOCK) == qweight.size(0)
+    fits = fits and k >= 1 and ceil_div(k, SPARSE_COLUMNS) == qweight.size(1)
+    _check(
+        fits,
+        f"marlin::unpack_24: n = {n}, k = {k} do not fit qweight {_shape(qweight)}, which is "
+        "[ceil(n/64), ceil(k/128), 512]",
+    )
+    q = qweight.new_empty((n, k), dtype=torch.uint8)
+    return q, qweight.new_empty((n, k), dtype=torch.bool)
+
+
+@torch.library.register_fake("marlin::dequantize_24")
+def _dequantize_24_fake(
+    qweight: Tensor,
+    meta: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    *,
+    k: int | None = None,
+) -> Tensor:
+    _check_packed("dequantize_24", qweight, sparse=True)
+    _check_meta("dequantize_24", meta, qweight)
+    columns = qweight.size(1) * SPARSE_COLUMNS if k is None else k
+    _check_quads("dequantize_24", "k", columns)
+    n = _check_weight("dequantize_24", qweight, scales, zeros, None, columns, sparse=True)
     return scales.new_empty((n, columns))
 
 

@@ -56,6 +56,40 @@ def unpack(qweight: Tensor, n: int, k: int) -> Tensor:
     return q[:n, :k].to(torch.uint8).to(qweight.device)
 
 
+def stored_places(mask: Tensor) -> Tensor:
+    """Which two of every four of bool [N, K] are stored: their places, int64 [N, K/4, 2], rising.
+
+    Those that are kept and, where they are fewer than two, the first of the others.
+    """
+    n, k = mask.shape
+    order = (~mask.cpu().view(n, k // 4, 4)).long() * 4 + torch.arange(4)
+    return (order.sort(-1).values[..., :2] % 4).sort(-1).values
+
+
+def pack_24(q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 and bool [N, K] -> int32 [ceil(N/64), ceil(K/128), 512] and [.., .., 256]."""
+    n, k = q.shape
+    nb, kb = ceil_div(n, BLOCK), ceil_div(k, 2 * BLOCK)
+    places = torch.tensor([0, 1]).repeat(nb * BLOCK, kb * 32, 1)
+    places[:n, : k // 4] = stored_places(mask)
+    values = torch.zeros(nb * BLOCK, kb * 32, 4, dtype=torch.uint8)
+    values[:n, : k // 4] = q.cpu().view(n, k // 4, 4)
+    survivors = values.gather(2, places).view(nb * BLOCK, kb * BLOCK)
+
+    nibbles = (places[..., 0] | places[..., 1] << 2).view(nb, BLOCK, kb, 32)
+    meta = torch.zeros(nb, kb, 128, 2, dtype=torch.int64)
+    for thread in range(128):
+        warp, g, t = thread // 32, thread % 32 // 4, thread % 4
+        for u in range(2):
+            first_quad = (32 * (2 * (t // 2) + u) + 16 * (t % 2)) // 4
+            for c in range(4):
+                for h in range(2):
+                    nibble = nibbles[:, 16 * warp + g + 8 * h, :, first_quad + c]
+                    meta[:, :, thread, u] |= nibble << (4 * c + 16 * h)
+    meta = torch.where(meta >= 2**31, meta - 2**32, meta).to(torch.int32)
+    return pack(survivors), meta.view(nb, kb, 256)
+
+
 def group_of_column(k: int, groups: int) -> Tensor:
     """The group of each packed column: int64 [k]."""
     if groups == 1:

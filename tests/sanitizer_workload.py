@@ -72,6 +72,10 @@ def pack() -> None:
     assert torch.equal(ops.repack_awq(reference.awq_pack(w.q).cuda()), w.qweight)
     dense = ops.dequantize(w.qweight, w.scales, w.zeros, w.perm, k=328)
     assert torch.equal(dense, w.dense64().half())
+    mask = torch.tensor([False, True, True, False], device="cuda").repeat(136, 82)
+    sparse = ops.pack_24(w.q, mask)
+    assert torch.equal(ops.unpack_24(*sparse, 136, 328)[0], w.q * mask)
+    assert ops.dequantize_24(*sparse, w.scales, w.zeros, k=328).shape == (136, 328)
 
 
 def main() -> int:

@@ -51,6 +51,24 @@ def awq_arguments() -> dict[str, Any]:
     return {"qweight": reference.awq_pack(torch.zeros(N, K, dtype=torch.uint8))}
 
 
+def pack_24_arguments() -> dict[str, Any]:
+    mask = torch.tensor([True, False, True, False]).repeat(N, K // 4)
+    return {"q": torch.zeros(N, K, dtype=torch.uint8), "mask": mask}
+
+
+def unpack_24_arguments() -> dict[str, Any]:
+    qweight, meta = reference.pack_24(**pack_24_arguments())
+    return {"qweight": qweight, "meta": meta, "n": N, "k": K}
+
+
+def dequantize_24_arguments() -> dict[str, Any]:
+    packed, dense = unpack_24_arguments(), gemm_arguments()
+    return {
+        "qweight": packed["qweight"], "meta": packed["meta"], "scales": dense["scales"],
+        "zeros": dense["zeros"], "k": K,
+    }  # fmt: skip
+
+
 def transposed(t: Tensor) -> Tensor:
     """The same values and shape, other strides."""
     return t.mT.contiguous().mT
@@ -110,6 +128,27 @@ CASES: list[tuple[str, Callable[[], dict[str, Any]], Change, str]] = [
     ("pack", pack_arguments, change("q", lambda t: t[0]), r"q must have shape \[N, K\], got \[136\]"),
     ("pack", pack_arguments, change("q", lambda t: t[:0]), r"q must not be empty, got \[0, 136\]"),
     ("pack", pack_arguments, change("q", transposed), r"q must be contiguous"),
+    ("pack_24", pack_24_arguments, change("q", Tensor.int), r"q must be uint8, got int32"),
+    ("pack_24", pack_24_arguments, change("q", lambda t: t[0]), r"q must have shape \[N, K\], got \[136\]"),
+    ("pack_24", pack_24_arguments, change("q", lambda t: t[:0]), r"q must not be empty, got \[0, 136\]"),
+    ("pack_24", pack_24_arguments, change("q", transposed), r"q must be contiguous"),
+    ("pack_24", pack_24_arguments, change("q", lambda t: t[:, :130].contiguous()), r"K of q must be a multiple of 4, got 130"),
+    ("pack_24", pack_24_arguments, change("mask", Tensor.byte), r"mask must be bool, got uint8"),
+    ("pack_24", pack_24_arguments, change("mask", lambda t: t[:64]), r"mask must have the shape of q, \[72, 136\], got \[64, 136\]"),
+    ("pack_24", pack_24_arguments, change("mask", transposed), r"mask must be contiguous"),
+    ("unpack_24", unpack_24_arguments, change("qweight", Tensor.long), r"qweight must be int32, got int64"),
+    ("unpack_24", unpack_24_arguments, change("qweight", lambda t: t[0]), r"qweight must have shape \[ceil\(N/64\), ceil\(K/128\), 512\], got \[2, 512\]; make it with pack_24"),
+    ("unpack_24", unpack_24_arguments, change("meta", Tensor.long), r"meta must be int32, got int64"),
+    ("unpack_24", unpack_24_arguments, change("meta", lambda t: t[..., :128].contiguous()), r"meta must have shape \[2, 2, 256\], as qweight, got \[2, 2, 128\]; make both with pack_24"),
+    ("unpack_24", unpack_24_arguments, change("meta", strided), r"meta must be contiguous"),
+    ("unpack_24", unpack_24_arguments, change("k", lambda _: 134), r"k must be a multiple of 4, got 134"),
+    ("unpack_24", unpack_24_arguments, change("k", lambda _: 300), r"n = 72, k = 300 do not fit qweight \[2, 2, 512\]"),
+    ("unpack_24", unpack_24_arguments, change("n", lambda _: 0), r"n = 0"),
+    ("dequantize_24", dequantize_24_arguments, change("meta", lambda t: t[:1]), r"meta must have shape \[2, 2, 256\], as qweight, got \[1, 2, 256\]"),
+    ("dequantize_24", dequantize_24_arguments, change("scales", Tensor.float), r"scales must be float16 or bfloat16, got float32"),
+    ("dequantize_24", dequantize_24_arguments, change("k", lambda _: 300), r"holds 2 blocks of 128 input features, but K = 300"),
+    ("dequantize_24", dequantize_24_arguments, change("k", lambda _: 138), r"k must be a multiple of 4, got 138"),
+    ("dequantize_24", dequantize_24_arguments, change("zeros", lambda t: t[:2]), r"zeros must have the shape of scales"),
     ("unpack", unpack_arguments, change("qweight", Tensor.float), r"qweight must be int32, got float32"),
     ("unpack", unpack_arguments, change("n", lambda _: 129), r"n = 129, k = 136 do not fit qweight \[2, 3, 512\]"),
     ("unpack", unpack_arguments, change("n", lambda _: 0), r"n = 0"),

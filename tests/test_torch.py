@@ -39,6 +39,16 @@ def test_opcheck_packing(device: str) -> None:
     torch.library.opcheck(ops.dequantize.default, (w.qweight, w.scales, w.zeros, w.perm), {"k": K})
 
 
+def test_opcheck_packing_24(device: str) -> None:
+    q = torch.randint(0, 16, (N, K), dtype=torch.uint8, device=device)
+    mask = torch.tensor([True, False, False, True], device=device).repeat(N, K // 4)
+    scales = torch.rand(-(-K // 64), N, device=device).half()
+    torch.library.opcheck(ops.pack_24.default, (q, mask))
+    packed = ops.pack_24(q, mask)
+    torch.library.opcheck(ops.unpack_24.default, (*packed, N, K))
+    torch.library.opcheck(ops.dequantize_24.default, (*packed, scales), {"k": K})
+
+
 def layer(device: str, dtype: torch.dtype = torch.float16):
     w = make_weight(N, K, 64, dtype=dtype, device=device, bias=True)
 

@@ -5,6 +5,7 @@
 #include "cuda/check.h"
 #include "cuda/element.cuh"
 #include "layout/source.h"
+#include "layout/sparse.h"
 
 namespace marlin::cuda {
 namespace {
@@ -47,6 +48,28 @@ struct UnpackWeight {
   }
 };
 
+struct PackSparse {
+  Sparse source;
+  layout::SparseShape shape;
+  int32_t *qweight, *meta;
+  __device__ void operator()(int64_t i) const {
+    qweight[i] = static_cast<int32_t>(layout::packed_word(source, shape, i));
+    if (i < shape.meta_words()) meta[i] = static_cast<int32_t>(layout::meta_word(source, shape, i));
+  }
+};
+
+struct UnpackSparse {
+  const int32_t *qweight, *meta;
+  layout::SparseShape shape;
+  uint8_t *q, *mask;
+  __device__ void operator()(int64_t i) const {
+    const int stored =
+        layout::unpacked_survivor(qweight, meta, shape.k_blocks(), i / shape.k, i % shape.k);
+    mask[i] = stored >= 0;
+    q[i] = static_cast<uint8_t>(stored < 0 ? 0 : stored);
+  }
+};
+
 template <typename Element>
 struct DequantizeWeight {
   Dequantize args;
@@ -55,8 +78,8 @@ struct DequantizeWeight {
   __device__ void operator()(int64_t i) const {
     const int64_t row = i / args.k, column = i % args.k;
     const int64_t at = column / args.group_size * args.n + row;
-    const int q = static_cast<int>(layout::unpacked_weight(args.qweight, k_blocks, row, column));
     const int zero = args.zeros ? args.zeros[at] : layout::kSymmetricZero;
+    const int q = layout::weight_or_zero(args, k_blocks, row, column, zero);
     const float scale = to_float(static_cast<const Element*>(args.scales)[at]);
     const int64_t feature = args.perm ? args.perm[column] : column;
     if (feature < 0 || feature >= args.k) return;  // its column stays NaN
@@ -86,8 +109,20 @@ void unpack(const int32_t* qweight, uint8_t* q, int64_t n, int64_t k, void* stre
   for_each(n * k, stream, "unpack", UnpackWeight{qweight, {n, k}, q});
 }
 
+void pack_24(const Sparse& source, int32_t* qweight, int32_t* meta, int64_t n, int64_t k,
+             void* stream) {
+  const layout::SparseShape shape{n, k};
+  for_each(shape.words(), stream, "pack_24", PackSparse{source, shape, qweight, meta});
+}
+
+void unpack_24(const int32_t* qweight, const int32_t* meta, uint8_t* q, uint8_t* mask, int64_t n,
+               int64_t k, void* stream) {
+  for_each(n * k, stream, "unpack_24", UnpackSparse{qweight, meta, {n, k}, q, mask});
+}
+
 void dequantize(const Dequantize& args, void* stream) {
-  const int64_t k_blocks = layout::ceil_div(args.k, layout::kBlock);
+  const int64_t k_blocks =
+      layout::ceil_div(args.k, args.meta ? layout::kSparseColumns : layout::kBlock);
   if (args.perm) {  // what a bad permutation leaves out must not be stray memory: all ones is NaN
     check(cudaMemsetAsync(args.weight, 0xff, static_cast<size_t>(args.n * args.k * 2),
                           static_cast<cudaStream_t>(stream)),

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "layout/packed.h"
+#include "layout/sparse.h"
 
 namespace marlin::ops {
 namespace {
@@ -47,19 +47,32 @@ void check_not_empty(const char* op, const char* name, const Tensor& t) {
   MARLIN_CHECK(t.numel() > 0, prefix(op, name), "must not be empty, got ", shape_of(t));
 }
 
-void check_packed(const char* op, const Tensor& qweight) {
+void check_packed(const char* op, const Tensor& qweight, bool sparse) {
   check_dtype(op, "qweight", qweight, ScalarType::Int);
   MARLIN_CHECK(qweight.dim() == 3 && qweight.size(2) == layout::kWordsPerBlock,
-               prefix(op, "qweight"), "must have shape [ceil(N/64), ceil(K/64), 512], got ",
-               shape_of(qweight), "; make it with pack, repack_gptq or repack_awq");
+               prefix(op, "qweight"), "must have shape [ceil(N/64), ceil(K/", sparse ? 128 : 64,
+               "), 512], got ", shape_of(qweight), "; make it with ",
+               sparse ? "pack_24" : "pack, repack_gptq or repack_awq");
   check_contiguous(op, "qweight", qweight);
   MARLIN_CHECK(reinterpret_cast<uintptr_t>(qweight.data_ptr()) % 16 == 0, prefix(op, "qweight"),
                "must start at a 16-byte boundary; call qweight.clone()");
 }
 
+void check_meta(const char* op, const Tensor& meta, const Tensor& qweight) {
+  check_dtype(op, "meta", meta, ScalarType::Int);
+  MARLIN_CHECK(meta.dim() == 3 && meta.size(0) == qweight.size(0) &&
+                   meta.size(1) == qweight.size(1) && meta.size(2) == layout::kMetaWordsPerBlock,
+               prefix(op, "meta"), "must have shape [", qweight.size(0), ", ", qweight.size(1),
+               ", 256], as qweight, got ", shape_of(meta), "; make both with pack_24");
+  check_contiguous(op, "meta", meta);
+  check_same_device(op, "meta", meta, "qweight", qweight);
+}
+
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales,
-                         const OptionalTensor& zeros, const OptionalTensor& perm, int64_t k) {
-  check_packed(op, qweight);
+                         const OptionalTensor& zeros, const OptionalTensor& perm, int64_t k,
+                         bool sparse) {
+  check_packed(op, qweight, sparse);
+  const int block_columns = sparse ? layout::kSparseColumns : layout::kBlock;
   MARLIN_CHECK(
       scales.scalar_type() == ScalarType::Half || scales.scalar_type() == ScalarType::BFloat16,
       prefix(op, "scales"), "must be float16 or bfloat16, got ", name_of(scales.scalar_type()));
@@ -71,9 +84,9 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
   MARLIN_CHECK(n >= 1 && layout::ceil_div(n, layout::kBlock) == qweight.size(0),
                prefix(op, "scales"), "has N = ", n, " columns, but qweight ", shape_of(qweight),
                " holds ", qweight.size(0), " blocks of 64 output features");
-  MARLIN_CHECK(k >= 1 && layout::ceil_div(k, layout::kBlock) == qweight.size(1),
-               prefix(op, "qweight"), shape_of(qweight), " holds ", qweight.size(1),
-               " blocks of 64 input features, but K = ", k);
+  MARLIN_CHECK(k >= 1 && layout::ceil_div(k, block_columns) == qweight.size(1),
+               prefix(op, "qweight"), shape_of(qweight), " holds ", qweight.size(1), " blocks of ",
+               block_columns, " input features, but K = ", k);
   constexpr int64_t kLimit = int64_t{1} << 30;  // sizes are 32-bit in the kernels, with room to pad
   MARLIN_CHECK(n < kLimit && k < kLimit, prefix(op, "qweight"), "is for N = ", n, ", K = ", k,
                "; each must be below 2^30");
@@ -91,6 +104,11 @@ WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& sc
   }
   if (perm) check_perm(op, *perm, k, qweight);
   return {n, k, groups, group_size};
+}
+
+int64_t largest(const Tensor& bytes) {
+  const Tensor top = to_cpu(torch::stable::amax(bytes, {0, 1}));
+  return *static_cast<const uint8_t*>(top.data_ptr());
 }
 
 void check_perm(const char* op, const Tensor& perm, int64_t k, const Tensor& qweight) {

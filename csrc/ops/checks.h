@@ -22,12 +22,19 @@ void check_same_device(const char* op, const char* name, const Tensor& t,
 
 void check_not_empty(const char* op, const char* name, const Tensor& t);
 
-// int32 [ceil(n/64), ceil(k/64), 512], contiguous.
-void check_packed(const char* op, const Tensor& qweight);
+// int32 [ceil(n/64), ceil(k/64), 512], contiguous; of a 2:4 sparse weight [ceil(n/64), ceil(k/128), 512].
+void check_packed(const char* op, const Tensor& qweight, bool sparse = false);
+
+// int32 [ceil(n/64), ceil(k/128), 256] for this qweight, contiguous.
+void check_meta(const char* op, const Tensor& meta, const Tensor& qweight);
 
 // qweight, scales, zeros and perm against each other and against k input features.
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales,
-                         const OptionalTensor& zeros, const OptionalTensor& perm, int64_t k);
+                         const OptionalTensor& zeros, const OptionalTensor& perm, int64_t k,
+                         bool sparse = false);
+
+// The largest entry of uint8 [n, k]; waits for the device. Packing is load-time work.
+int64_t largest(const Tensor& bytes);
 
 // int32 [k], on qweight's device.
 void check_perm(const char* op, const Tensor& perm, int64_t k, const Tensor& qweight);

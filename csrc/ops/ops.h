@@ -1,6 +1,8 @@
 // The ops as C++ functions on stable-ABI tensors; register.cpp gives them their names and schemas.
 #pragma once
 
+#include <tuple>
+
 #include "ops/torch_stable.h"
 
 namespace marlin::ops {
@@ -13,5 +15,9 @@ Tensor repack_gptq(Tensor qweight, OptionalTensor perm);
 Tensor repack_awq(Tensor qweight);
 Tensor dequantize(Tensor qweight, Tensor scales, OptionalTensor zeros, OptionalTensor perm,
                   std::optional<int64_t> k);
+std::tuple<Tensor, Tensor> pack_24(Tensor q, Tensor mask);
+std::tuple<Tensor, Tensor> unpack_24(Tensor qweight, Tensor meta, int64_t n, int64_t k);
+Tensor dequantize_24(Tensor qweight, Tensor meta, Tensor scales, OptionalTensor zeros,
+                     std::optional<int64_t> k);
 
 }  // namespace marlin::ops

@@ -25,12 +25,6 @@ Tensor pack_from(const Tensor& like, const Source& source, int64_t n, int64_t k)
   return out;
 }
 
-// The largest entry; waits for the device. Packing is load-time work.
-int64_t largest(const Tensor& bytes) {
-  const Tensor top = to_cpu(torch::stable::amax(bytes, {0, 1}));
-  return *static_cast<const uint8_t*>(top.data_ptr());
-}
-
 }  // namespace
 
 Tensor pack(Tensor q) {

@@ -13,6 +13,11 @@ STABLE_TORCH_LIBRARY(marlin, m) {
   m.def(
       "dequantize(Tensor qweight, Tensor scales, Tensor? zeros=None, Tensor? perm=None, *, "
       "int? k=None) -> Tensor");
+  m.def("pack_24(Tensor q, Tensor mask) -> (Tensor, Tensor)");
+  m.def("unpack_24(Tensor qweight, Tensor meta, int n, int k) -> (Tensor, Tensor)");
+  m.def(
+      "dequantize_24(Tensor qweight, Tensor meta, Tensor scales, Tensor? zeros=None, *, "
+      "int? k=None) -> Tensor");
 }
 
 #define MARLIN_IMPLEMENT(m)                                    \
@@ -21,7 +26,10 @@ STABLE_TORCH_LIBRARY(marlin, m) {
   m.impl("unpack", TORCH_BOX(&marlin::ops::unpack));           \
   m.impl("repack_gptq", TORCH_BOX(&marlin::ops::repack_gptq)); \
   m.impl("repack_awq", TORCH_BOX(&marlin::ops::repack_awq));   \
-  m.impl("dequantize", TORCH_BOX(&marlin::ops::dequantize));
+  m.impl("dequantize", TORCH_BOX(&marlin::ops::dequantize));   \
+  m.impl("pack_24", TORCH_BOX(&marlin::ops::pack_24));         \
+  m.impl("unpack_24", TORCH_BOX(&marlin::ops::unpack_24));     \
+  m.impl("dequantize_24", TORCH_BOX(&marlin::ops::dequantize_24));
 
 // One function serves both keys: it looks at where the tensors are (ops/backend.h).
 STABLE_TORCH_LIBRARY_IMPL(marlin, CPU, m){MARLIN_IMPLEMENT(m)} STABLE_TORCH_LIBRARY_IMPL(marlin,

@@ -9,6 +9,7 @@
 #include "cpu/half.h"
 #include "layout/convert.h"
 #include "layout/packed.h"
+#include "layout/sparse.h"
 #include "marlin/marlin.h"
 
 namespace {
@@ -146,6 +147,53 @@ TEST(Layout, PackAndUnpackAreInverse) {
     cpu::unpack(packed.data(), back.data(), n, k);
     EXPECT_EQ(q, back) << n << " x " << k;
   }
+}
+
+// A sparse block as the tensor core sees it. The figures of the PTX ISA for mma.sp m16n8k32 with 16-bit
+// types, written out by hand: a thread's registers hold compressed columns as those of m16n8k16; of
+// every four lanes the two that the selector names hold metadata, each for 16 columns of row g in
+// the low half of its word and of row g + 8 in the high half.
+TEST(Layout, SparseBlocksAreWhatTheTensorCoreWants) {
+  constexpr int64_t kRows = 64, kColumns = 128;
+  std::mt19937 random(3);
+  std::vector<uint8_t> q(kRows * kColumns), mask(q.size()), expected(q.size());
+  for (size_t quad = 0; quad < q.size(); quad += 4) {
+    const size_t first = random() % 4, second = (first + 1 + random() % 3) % 4;
+    for (size_t i = 0; i < 4; ++i) {
+      q[quad + i] = static_cast<uint8_t>(1 + random() % 15);
+      mask[quad + i] = i == first || i == second;
+      expected[quad + i] = mask[quad + i] ? q[quad + i] : 0;
+    }
+  }
+  std::vector<int32_t> words(layout::kWordsPerBlock), meta(layout::kMetaWordsPerBlock);
+  cpu::pack_24(Sparse{q.data(), mask.data()}, words.data(), meta.data(), kRows, kColumns);
+
+  std::vector<uint8_t> seen(q.size());
+  for (int thread = 0; thread < 128; ++thread) {
+    const int warp = thread / 32, group = thread % 32 / 4, in_group = thread % 4;
+    for (int step = 0; step < 4; ++step) {  // 32 columns each
+      const int selector = step / 2;        // lanes 2 selector and 2 selector + 1 of four
+      const auto word = static_cast<uint32_t>(words[thread * 4 + step]);
+      for (int i = 0; i < 8; ++i) {  // a0 .. a7: see emulate_mma
+        const int row_half = i / 2 % 2, compressed = in_group * 2 + i % 2 + (i < 4 ? 0 : 8);
+        const int quad = compressed / 2;
+        const int lane = 32 * warp + 4 * group + 2 * selector + quad / 4;
+        const auto places = static_cast<uint32_t>(meta[lane * 2 + step % 2]) >>
+                            (16 * row_half + 4 * (quad % 4));
+        const uint32_t place = compressed % 2 ? places >> 2 & 3 : places & 3;
+        const int row = 16 * warp + group + 8 * row_half;
+        const auto column = 32 * step + 4 * quad + static_cast<int>(place);
+        seen[row * kColumns + column] =
+            static_cast<uint8_t>(layout::nibble_of(word, i / 2 + 4 * (i % 2)));
+      }
+    }
+  }
+  EXPECT_EQ(seen, expected);
+
+  std::vector<uint8_t> back(q.size(), 99), stored(q.size(), 99);
+  cpu::unpack_24(words.data(), meta.data(), back.data(), stored.data(), kRows, kColumns);
+  EXPECT_EQ(back, expected);
+  EXPECT_EQ(stored, mask);
 }
 
 }  // namespace

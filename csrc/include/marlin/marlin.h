@@ -42,9 +42,16 @@ struct Awq {  // int32 [k, n/8]: nibble i of word (k, c) is q[8c + {0,2,4,6,1,3,
   const int32_t* data = nullptr;
 };
 
+// A 2:4 sparse weight before packing: of every four neighbouring columns of a row at most two are kept.
+struct Sparse {
+  const uint8_t* q = nullptr;  // [n, k] of 0..15; where a stored place is not kept, the zero point
+  const uint8_t* mask = nullptr;  // [n, k]: not 0 where kept; k a multiple of 4
+};
+
 // weight[n, k] = (q - zeros) * scales, in the scales' dtype and the input features' own order
 struct Dequantize {
   const int32_t* qweight = nullptr;
+  const int32_t* meta = nullptr;  // of a 2:4 sparse weight, which has no perm; or null: dense
   const void* scales = nullptr;
   const uint8_t* zeros = nullptr;
   const int32_t* perm = nullptr;
@@ -74,6 +81,13 @@ void pack(const Awq& source, int32_t* qweight, int64_t n, int64_t k,
 void unpack(const int32_t* qweight, uint8_t* q, int64_t n, int64_t k,
             const ParallelFor& parallel_for = serial_for);
 
+// 2:4 sparse: qweight [ceil(n/64), ceil(k/128), 512], meta [ceil(n/64), ceil(k/128), 256].
+void pack_24(const Sparse& source, int32_t* qweight, int32_t* meta, int64_t n, int64_t k,
+             const ParallelFor& parallel_for = serial_for);
+// mask: 1 at the two stored places of every four, and q there; 0 elsewhere.
+void unpack_24(const int32_t* qweight, const int32_t* meta, uint8_t* q, uint8_t* mask, int64_t n,
+               int64_t k, const ParallelFor& parallel_for = serial_for);
+
 }  // namespace cpu
 
 // Work is queued on `stream` (a cudaStream_t) of the current device. Errors of the CUDA runtime are
@@ -90,6 +104,10 @@ void pack(const Unpacked& source, int32_t* qweight, int64_t n, int64_t k, void* 
 void pack(const Gptq& source, int32_t* qweight, int64_t n, int64_t k, void* stream);
 void pack(const Awq& source, int32_t* qweight, int64_t n, int64_t k, void* stream);
 void unpack(const int32_t* qweight, uint8_t* q, int64_t n, int64_t k, void* stream);
+void pack_24(const Sparse& source, int32_t* qweight, int32_t* meta, int64_t n, int64_t k,
+             void* stream);
+void unpack_24(const int32_t* qweight, const int32_t* meta, uint8_t* q, uint8_t* mask, int64_t n,
+               int64_t k, void* stream);
 
 }  // namespace cuda
 }  // namespace marlin
