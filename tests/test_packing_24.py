@@ -114,5 +114,6 @@ def test_metadata_with_wrong_places_is_refused_by_place(op: str) -> None:
     arguments = (80, 256) if op == "unpack_24" else (torch.ones(1, 80).half(),)
     getattr(ops, op)(qweight, meta, *arguments)  # row 81 is padding
     meta[1, 1, 6 * 2 + 1] = meta[1, 1, 6 * 2 + 1] & ~0xF | 0b0110
-    with pytest.raises(RuntimeError, match=r"places 2, 1 for row 65, columns 224\.\.227; the first"):
+    message = r"places 2, 1 for row 65, columns 224\.\.227; the first must be the smaller"
+    with pytest.raises(RuntimeError, match=message):
         getattr(ops, op)(qweight, meta, *arguments)

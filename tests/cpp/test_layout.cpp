@@ -178,8 +178,8 @@ TEST(Layout, SparseBlocksAreWhatTheTensorCoreWants) {
         const int row_half = i / 2 % 2, compressed = in_group * 2 + i % 2 + (i < 4 ? 0 : 8);
         const int quad = compressed / 2;
         const int lane = 32 * warp + 4 * group + 2 * selector + quad / 4;
-        const auto places = static_cast<uint32_t>(meta[lane * 2 + step % 2]) >>
-                            (16 * row_half + 4 * (quad % 4));
+        const auto places =
+            static_cast<uint32_t>(meta[lane * 2 + step % 2]) >> (16 * row_half + 4 * (quad % 4));
         const uint32_t place = compressed % 2 ? places >> 2 & 3 : places & 3;
         const int row = 16 * warp + group + 8 * row_half;
         const auto column = 32 * step + 4 * quad + static_cast<int>(place);
