@@ -68,6 +68,23 @@ void check_meta(const char* op, const Tensor& meta, const Tensor& qweight) {
   check_same_device(op, "meta", meta, "qweight", qweight);
 }
 
+void check_quads(const char* op, const char* name, int64_t k) {
+  MARLIN_CHECK(k % 4 == 0, prefix(op, name), "must be a multiple of 4, got ", k);
+}
+
+void check_places(const char* op, const Tensor& meta, int64_t n, int64_t k) {
+  const Tensor on_cpu = to_cpu(meta);
+  const auto* words = static_cast<const int32_t*>(on_cpu.data_ptr());
+  for (int64_t row = 0; row < n; ++row) {
+    for (int64_t quad = 0; quad < k / 4; ++quad) {
+      const layout::Places places = layout::packed_places(words, meta.size(1), row, quad);
+      MARLIN_CHECK(places.first < places.second, prefix(op, "meta"), "has the places ",
+                   places.first, ", ", places.second, " for row ", row, ", columns ", quad * 4,
+                   "..", quad * 4 + 3, "; the first must be the smaller");
+    }
+  }
+}
+
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales,
                          const OptionalTensor& zeros, const OptionalTensor& perm, int64_t k,
                          bool sparse) {

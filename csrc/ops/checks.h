@@ -28,6 +28,13 @@ void check_packed(const char* op, const Tensor& qweight, bool sparse = false);
 // int32 [ceil(n/64), ceil(k/128), 256] for this qweight, contiguous.
 void check_meta(const char* op, const Tensor& meta, const Tensor& qweight);
 
+// A number of columns, a multiple of 4.
+void check_quads(const char* op, const char* name, int64_t k);
+
+// The two places of every four rise. Reads meta entry by entry: copied to the CPU first where it is on
+// a GPU.
+void check_places(const char* op, const Tensor& meta, int64_t n, int64_t k);
+
 // qweight, scales, zeros and perm against each other and against k input features.
 WeightShape check_weight(const char* op, const Tensor& qweight, const Tensor& scales,
                          const OptionalTensor& zeros, const OptionalTensor& perm, int64_t k,

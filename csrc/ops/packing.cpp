@@ -78,28 +78,4 @@ Tensor unpack(Tensor qweight, int64_t n, int64_t k) {
   return q;
 }
 
-Tensor dequantize(Tensor qweight, Tensor scales, OptionalTensor zeros, OptionalTensor perm,
-                  std::optional<int64_t> k) {
-  constexpr const char* kOp = "dequantize";
-  check_packed(kOp, qweight);
-  const WeightShape w =
-      check_weight(kOp, qweight, scales, zeros, perm, k.value_or(qweight.size(1) * layout::kBlock));
-  check_range_on_cpu(kOp, perm, w.k);
-  const Tensor weight = torch::stable::new_empty(scales, {w.n, w.k});
-  Dequantize args;
-  args.qweight = static_cast<const int32_t*>(qweight.data_ptr());
-  args.scales = scales.data_ptr();
-  args.zeros = data_or_null<uint8_t>(zeros);
-  args.perm = data_or_null<int32_t>(perm);
-  args.weight = weight.data_ptr();
-  args.n = w.n;
-  args.k = w.k;
-  args.group_size = w.group_size;
-  args.dtype = dtype_of(scales);
-  run_where(
-      qweight, [&](const cpu::ParallelFor& parallel_for) { cpu::dequantize(args, parallel_for); },
-      [&](auto stream) { cuda::dequantize(args, stream); });
-  return weight;
-}
-
 }  // namespace marlin::ops

@@ -7,10 +7,6 @@
 namespace marlin::ops {
 namespace {
 
-void check_quads(const char* op, const char* name, int64_t k) {
-  MARLIN_CHECK(k % 4 == 0, "marlin::", op, ": ", name, " must be a multiple of 4, got ", k);
-}
-
 // Where the mask keeps more than two of four. Waits for the device: packing is load-time work.
 void check_mask(const Tensor& mask, int64_t n, int64_t k) {
   const Tensor on_cpu = to_cpu(mask);
@@ -19,21 +15,6 @@ void check_mask(const Tensor& mask, int64_t n, int64_t k) {
     const int count = kept[i] + kept[i + 1] + kept[i + 2] + kept[i + 3];
     MARLIN_CHECK(count <= 2, "marlin::pack_24: mask keeps ", count, " weights of row ", i / k,
                  ", columns ", i % k, "..", i % k + 3, "; at most 2 of every 4");
-  }
-}
-
-// Where the places of two survivors do not rise.
-void check_places(const char* op, const Tensor& meta, int64_t n, int64_t k) {
-  const Tensor on_cpu = to_cpu(meta);
-  const auto* words = static_cast<const int32_t*>(on_cpu.data_ptr());
-  const int64_t k_blocks = meta.size(1);
-  for (int64_t row = 0; row < n; ++row) {
-    for (int64_t quad = 0; quad < k / 4; ++quad) {
-      const layout::Places places = layout::packed_places(words, k_blocks, row, quad);
-      MARLIN_CHECK(places.first < places.second, "marlin::", op, ": meta has the places ",
-                   places.first, ", ", places.second, " for row ", row, ", columns ", quad * 4,
-                   "..", quad * 4 + 3, "; the first must be the smaller");
-    }
   }
 }
 
@@ -99,32 +80,6 @@ std::tuple<Tensor, Tensor> unpack_24(Tensor qweight, Tensor meta, int64_t n, int
       },
       [&](auto stream) { cuda::unpack_24(words, meta_words, values, stored, n, k, stream); });
   return {q, mask};
-}
-
-Tensor dequantize_24(Tensor qweight, Tensor meta, Tensor scales, OptionalTensor zeros,
-                     std::optional<int64_t> k) {
-  constexpr const char* kOp = "dequantize_24";
-  check_packed(kOp, qweight, true);
-  check_meta(kOp, meta, qweight);
-  const int64_t columns = k.value_or(qweight.size(1) * layout::kSparseColumns);
-  check_quads(kOp, "k", columns);
-  const WeightShape w = check_weight(kOp, qweight, scales, zeros, std::nullopt, columns, true);
-  if (meta.is_cpu()) check_places(kOp, meta, w.n, w.k);
-  const Tensor weight = torch::stable::new_empty(scales, {w.n, w.k});
-  Dequantize args;
-  args.qweight = static_cast<const int32_t*>(qweight.data_ptr());
-  args.meta = static_cast<const int32_t*>(meta.data_ptr());
-  args.scales = scales.data_ptr();
-  args.zeros = data_or_null<uint8_t>(zeros);
-  args.weight = weight.data_ptr();
-  args.n = w.n;
-  args.k = w.k;
-  args.group_size = w.group_size;
-  args.dtype = dtype_of(scales);
-  run_where(
-      qweight, [&](const cpu::ParallelFor& parallel_for) { cpu::dequantize(args, parallel_for); },
-      [&](auto stream) { cuda::dequantize(args, stream); });
-  return weight;
 }
 
 }  // namespace marlin::ops
