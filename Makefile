@@ -30,9 +30,9 @@ SUITABLE := import ensurepip, pathlib, sys, sysconfig, venv; \
 HAS_TORCH := import importlib.metadata as m; \
   sys_exit = __import__("sys").exit; v = m.version("torch").split("."); sys_exit((int(v[0]), int(v[1])) < (2, 11))
 NATIVE := $(shell find csrc CMakeLists.txt setup.py pyproject.toml -type f 2>/dev/null)
-CPP := $(shell find csrc tests/cpp -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \))
+CPP := $(shell find csrc tests/cpp benchmarks/bare -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' \))
 
-.PHONY: help demo test gpu-test sanitize cpp-test consumer-test build lint format wheel clean distclean
+.PHONY: help demo test gpu-test sanitize cpp-test bare consumer-test build lint format wheel clean distclean
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -54,6 +54,12 @@ cpp-test: build ## C++ tests (needs GoogleTest: apt install libgtest-dev)
 	$(ENVIRONMENT) cmake -S . -B build/cmake -DMARLIN_BUILD_TESTS=ON
 	$(ENVIRONMENT) cmake --build build/cmake --target marlin_tests --parallel $${MAX_JOBS:-$$(nproc)}
 	$(ENVIRONMENT) ctest --test-dir build/cmake --output-on-failure
+
+bare: ## build/bare/{memory,loop}: what the hardware allows, for an H200 (needs nvcc)
+	mkdir -p build/bare
+	for name in memory loop; do \
+	  nvcc -O3 -std=c++20 --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/include \
+	    -o build/bare/$$name benchmarks/bare/$$name.cu csrc/cuda/sm90/tensor_map.cu; done
 
 consumer-test: wheel ## a C++ project that uses the installed wheel through find_package
 	rm -rf build/installed build/consumer
