@@ -18,6 +18,7 @@ def test_plans_are_numbered_and_explained() -> None:
     plans = _inspect.plans()
     assert [plan["id"] for plan in plans] == list(range(len(plans)))
     assert all(plan["reason"] for plan in plans)
+    assert len({plan["name"] for plan in plans}) == len(plans)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ std::span<const DecodeKernel> decode_kernels() {
 
 std::string DecodeKernel::name() const {
   return "sm90_decode_t" + std::to_string(tile.tokens) + "_r" + std::to_string(tile.rows()) + "_k" +
-         std::to_string(tile.stage_k());
+         std::to_string(tile.stage_k()) + "_s" + std::to_string(tile.splits);
 }
 
 DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Problem& problem) {
