@@ -10,6 +10,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 TORCH ?= torch>=2.11
+NVCC ?= $(or $(shell command -v nvcc),$(or $(CUDA_HOME),/usr/local/cuda)/bin/nvcc)
 ARGS ?=
 
 ifdef PYTHON
@@ -58,7 +59,7 @@ cpp-test: build ## C++ tests (needs GoogleTest: apt install libgtest-dev)
 bare: ## build/bare/{memory,loop}: what the hardware allows, for an H200 (needs nvcc)
 	mkdir -p build/bare
 	for name in memory loop; do \
-	  nvcc -O3 -std=c++20 --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/include \
+	  $(NVCC) -O3 -std=c++20 --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/include \
 	    -o build/bare/$$name benchmarks/bare/$$name.cu csrc/cuda/sm90/tensor_map.cu; done
 
 consumer-test: wheel ## a C++ project that uses the installed wheel through find_package

@@ -136,6 +136,12 @@ CASES: list[tuple[str, Callable[[], dict[str, Any]], Change, str]] = [
     ("pack_24", pack_24_arguments, change("mask", Tensor.byte), r"mask must be bool, got uint8"),
     ("pack_24", pack_24_arguments, change("mask", lambda t: t[:64]), r"mask must have the shape of q, \[72, 136\], got \[64, 136\]"),
     ("pack_24", pack_24_arguments, change("mask", transposed), r"mask must be contiguous"),
+    ("pack_24", pack_24_arguments, change("q", lambda t: t[:, :0]), r"q must not be empty, got \[72, 0\]"),
+    ("pack_24", pack_24_arguments, change("mask", lambda t: t[0]), r"mask must have the shape of q, \[72, 136\], got \[136\]"),
+    ("unpack_24", unpack_24_arguments, change("qweight", strided), r"qweight must be contiguous"),
+    ("unpack_24", unpack_24_arguments, change("k", lambda _: -4), r"k = -4 do not fit"),
+    ("dequantize_24", dequantize_24_arguments, change("meta", Tensor.short), r"meta must be int32, got int16"),
+    ("dequantize_24", dequantize_24_arguments, change("meta", strided), r"meta must be contiguous"),
     ("unpack_24", unpack_24_arguments, change("qweight", Tensor.long), r"qweight must be int32, got int64"),
     ("unpack_24", unpack_24_arguments, change("qweight", lambda t: t[0]), r"qweight must have shape \[ceil\(N/64\), ceil\(K/128\), 512\], got \[2, 512\]; make it with pack_24"),
     ("unpack_24", unpack_24_arguments, change("meta", Tensor.long), r"meta must be int32, got int64"),
@@ -173,6 +179,8 @@ VALUE_CASES: list[tuple[str, Callable[[], dict[str, Any]], Change, str]] = [
     ("gemm", gemm_arguments, change("perm", lambda t: t - 1), r"perm entry \d+ is -1; entries must be"),
     ("dequantize", dequantize_arguments, change("perm", lambda t: t * 1000), r"entries must be 0\.\.135"),
     ("pack", pack_arguments, change("q", lambda t: t + 16), r"q must hold 4-bit values, 0\.\.15, got 16"),
+    ("pack_24", pack_24_arguments, change("q", lambda t: t + 16), r"q must hold 4-bit values, 0\.\.15, got 16"),
+    ("unpack_24", unpack_24_arguments, change("qweight", misaligned), r"qweight must start at a 16-byte boundary"),
     ("repack_gptq", gptq_arguments, change("perm", lambda t: t.clamp(min=1)), r"perm holds 1 twice; it must be a permutation of 0\.\.135"),
     ("repack_gptq", gptq_arguments, change("perm", lambda t: t + 1), r"perm entry \d+ is 136"),
 ]  # fmt: skip
@@ -232,6 +240,16 @@ def test_mixed_devices(name: str) -> None:
         RuntimeError, match=f"{name} is on cpu but .* is on cuda:0; move them to one device"
     ):
         ops.gemm(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "name"), [("pack_24", "mask"), ("unpack_24", "meta")])
+def test_mixed_devices_24(op: str, name: str) -> None:
+    make = pack_24_arguments if op == "pack_24" else unpack_24_arguments
+    arguments = to_device(make(), "cuda")
+    arguments[name] = arguments[name].cpu()
+    with pytest.raises(RuntimeError, match=f"{name} is on cpu but .* is on cuda:0"):
+        getattr(ops, op)(**arguments)
 
 
 @pytest.mark.gpu

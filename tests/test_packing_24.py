@@ -105,6 +105,12 @@ def test_a_mask_that_keeps_three_is_refused_by_place() -> None:
         ops.pack_24(q, mask)
 
 
+def test_any_byte_but_zero_keeps() -> None:
+    q, mask = random_24(64, 128)
+    bytes_of_255 = (mask.byte() * 255).view(torch.bool)
+    assert all(map(torch.equal, ops.pack_24(q, bytes_of_255), ops.pack_24(q, mask)))
+
+
 @pytest.mark.parametrize("op", ["unpack_24", "dequantize_24"])
 def test_metadata_with_wrong_places_is_refused_by_place(op: str) -> None:
     q, mask = random_24(80, 256)

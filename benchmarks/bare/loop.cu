@@ -17,7 +17,8 @@ using bare::check;
 using Element = __half;
 using Format = layout::Fp16;
 
-enum class Source { kShared, kMemory, kMemoryAndL2 };  // of nothing, of weights, of activations too
+// What the producer copies: nothing, weights, or activations too.
+enum class Source { kShared, kMemory, kMemoryAndL2 };
 
 // Instructions for 8 weights.
 enum Conversion { kNone = 0, kNoSubtraction = 5, kIntegers = 9, kScaled = 13 };
@@ -48,7 +49,7 @@ __device__ __forceinline__ void convert(uint32_t (&a)[4], uint32_t word,
 }
 
 template <int kTokens, int kConversion, int kWarpgroups, int kStageBlocks, Source kSource>
-__global__ void __launch_bounds__(kWarpgroups * 128 + 32, 1) loop_kernel(Params p) {
+__global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1) loop_kernel(Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kInputBytes = kTokens * kStageBlocks * 128;
   constexpr int kWeightBytes = kStageBlocks * layout::kBytesPerBlock;
@@ -75,8 +76,9 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + 32, 1) loop_kernel(Params 
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int64_t begin = clock64();
 
-  if (warpgroup == kWarpgroups) {  // the producer
-    if (kSource == Source::kShared) return;
+  if (warpgroup == kWarpgroups) {  // its first warp is the producer
+    if (kWarpgroups == 4) ptx::give_registers<24>();
+    if (kSource == Source::kShared || thread >= 32) return;
     int slot = 0, parity = 1;
     const char* from = p.weights + int64_t{blockIdx.x} * kWeightBytes;
     for (int i = 0; i < p.stages; ++i) {
@@ -101,6 +103,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + 32, 1) loop_kernel(Params 
     return;
   }
 
+  if (kWarpgroups == 4) ptx::take_registers<112>();
   const uint64_t descriptor = ptx::wgmma_descriptor(base);
   const uint32_t subtrahend[2] = {layout::subtrahend<Format>(8, 0),
                                   layout::subtrahend<Format>(8, 1)};
@@ -169,7 +172,8 @@ void measure(Params p) {
   p.stages = 27200 / kStageBlocks / kWarpgroups * kWarpgroups;
   const auto launches = [&](int count) {
     for (int i = 0; i < count; ++i) {
-      kernel<<<bare::kMultiprocessors, kWarpgroups * 128 + 32, p.stages_of_ring * kStageBytes>>>(p);
+      kernel<<<bare::kMultiprocessors, (kWarpgroups + 1) * 128, p.stages_of_ring * kStageBytes>>>(
+          p);
     }
     check(cudaGetLastError(), "loop_kernel");
   };
@@ -181,7 +185,8 @@ void measure(Params p) {
   const double mean = std::accumulate(cycles.begin(), cycles.end(), 0.0) / cycles.size();
   constexpr const char* kNames[] = {"shared memory", "memory", "memory and L2"};
   std::printf(
-      "%2d tokens, %2d instructions, %d warpgroups, %d blocks, %2d stages, from %-13s: %6.2f "
+      "%2d tokens, %2d instructions, %d warpgroups, %d blocks a stage, %2d stages, from %-13s: "
+      "%6.2f "
       "cycles, %5.2f TB/s, about %4.0f MHz\n",
       kTokens, kConversion, kWarpgroups, kStageBlocks, p.stages_of_ring,
       kNames[static_cast<int>(kSource)], mean / steps, 512e-6 * bare::kMultiprocessors * steps / us,

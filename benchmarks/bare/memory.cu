@@ -74,7 +74,8 @@ void measure(const char* weights, size_t pool, const __half* activations, cudaSt
   Params p{};
   p.weight_bytes = rows * kStageColumns / 2;
   p.input_bytes = tokens * kStageColumns * 2;
-  p.stages = static_cast<int>(megabytes * 1e6 / bare::kMultiprocessors / p.weight_bytes);
+  p.stages =
+      static_cast<int>(std::lround(megabytes * 1e6 / bare::kMultiprocessors / p.weight_bytes));
   const int stage_bytes = (p.weight_bytes + p.input_bytes + 1023) / 1024 * 1024;
   p.stages_of_ring = std::min(32, shared_kb * 1024 / stage_bytes);
   p.stages_of_row = kColumns / kStageColumns;

@@ -30,7 +30,8 @@ struct Scratch {
         scale_columns(round_up(args.n, 16)),
         partials(partial_bytes) {
     const int64_t groups = layout::ceil_div(args.k, args.group_size);
-    const bool overlap = args.m > 1 && args.input_stride < args.k;  // `expand`, `as_strided`
+    // As after `expand` and `as_strided`; nothing says that the copy engine takes such strides.
+    const bool overlap = args.m > 1 && args.input_stride < args.k;
     if (args.perm || args.k % column_multiple != 0 || args.input_stride % 8 != 0 || overlap ||
         !aligned(args.input)) {
       input = round_up(args.m * input_columns * 2, 256);

@@ -50,9 +50,9 @@ void check_not_empty(const char* op, const char* name, const Tensor& t) {
 void check_packed(const char* op, const Tensor& qweight, bool sparse) {
   check_dtype(op, "qweight", qweight, ScalarType::Int);
   MARLIN_CHECK(qweight.dim() == 3 && qweight.size(2) == layout::kWordsPerBlock,
-               prefix(op, "qweight"), "must have shape [ceil(N/64), ceil(K/", sparse ? 128 : 64,
-               "), 512], got ", shape_of(qweight), "; make it with ",
-               sparse ? "pack_24" : "pack, repack_gptq or repack_awq");
+               prefix(op, "qweight"), "must have shape [ceil(N/64), ceil(K/",
+               sparse ? layout::kSparseColumns : layout::kBlock, "), 512], got ", shape_of(qweight),
+               "; make it with ", sparse ? "pack_24" : "pack, repack_gptq or repack_awq");
   check_contiguous(op, "qweight", qweight);
   MARLIN_CHECK(reinterpret_cast<uintptr_t>(qweight.data_ptr()) % 16 == 0, prefix(op, "qweight"),
                "must start at a 16-byte boundary; call qweight.clone()");

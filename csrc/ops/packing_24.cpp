@@ -12,7 +12,7 @@ void check_mask(const Tensor& mask, int64_t n, int64_t k) {
   const Tensor on_cpu = to_cpu(mask);
   const auto* kept = static_cast<const uint8_t*>(on_cpu.data_ptr());
   for (int64_t i = 0; i < n * k; i += 4) {
-    const int count = kept[i] + kept[i + 1] + kept[i + 2] + kept[i + 3];
+    const int count = (kept[i] != 0) + (kept[i + 1] != 0) + (kept[i + 2] != 0) + (kept[i + 3] != 0);
     MARLIN_CHECK(count <= 2, "marlin::pack_24: mask keeps ", count, " weights of row ", i / k,
                  ", columns ", i % k, "..", i % k + 3, "; at most 2 of every 4");
   }
