@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import reference
 import torch
@@ -40,8 +42,23 @@ def multiply() -> None:
     _inspect.force_plan()
 
 
+def hopper_cases() -> Iterator[tuple[dict[str, Any], int, int, int]]:
+    """Yields (kernel, cluster, multiprocessors, M): every Hopper kernel, alone and in clusters.
+
+    Of its blocks, some do a part of a tile, some one, some many.
+    """
+    for kernel in _inspect.plans():
+        if kernel["family"] == "sm80":
+            continue
+        few = kernel["family"] == "sm90_decode"
+        for cluster in (1, 2) if few else (1, 2, 3):
+            for sms in SMS:
+                for m in (1, kernel["tokens"] - 1) if few else (33, 300):
+                    yield kernel, cluster, sms, m
+
+
 def multiply_on_hopper() -> None:
-    """Every Hopper kernel: blocks that do a part of a tile, one, or many; alone and in clusters."""
+    """Runs the Hopper cases."""
     if torch.cuda.get_device_capability() != (9, 0):
         return
     for dtype, group_size, full in ((DTYPES[0], 128, False), (DTYPES[1], 32, True)):
@@ -49,16 +66,11 @@ def multiply_on_hopper() -> None:
             1000, 700, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
         )
         dense = w.dense64()
-        for kernel in _inspect.plans():
-            if kernel["family"] == "sm80":
-                continue
-            few = kernel["family"] == "sm90_decode"
-            for cluster in (1, 2) if few else (1, 2, 3):
-                for sms in SMS:
-                    _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
-                    for m in (1, kernel["tokens"] - 1) if few else (33, 300):
-                        x = make_input(m, 700, dtype=dtype, device="cuda")
-                        reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=not few)
+        for kernel, cluster, sms, m in hopper_cases():
+            _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
+            x = make_input(m, 700, dtype=dtype, device="cuda")
+            rounded = kernel["family"] != "sm90_decode"
+            reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=rounded)
     _inspect.force_plan()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sanitizer_workload import SMS, hopper_cases
 
 from marlin import _inspect
 
@@ -62,3 +63,13 @@ def test_force_plan_refuses(arguments: dict[str, int]) -> None:
 def test_kernel_attributes_refuses(id: int) -> None:
     with pytest.raises(RuntimeError, match=f"there is no kernel {id}; there are"):
         _inspect.kernel_attributes(id)
+
+
+def test_sanitizers_reach_every_hopper_kernel() -> None:
+    """Alone and in clusters, on all multiprocessors and on few; sm80 is forced one by one."""
+    reached = {(kernel["name"], cluster, sms) for kernel, cluster, sms, _ in hopper_cases()}
+    for plan in _inspect.plans():
+        if plan["family"] != "sm80":
+            clusters = (1, 2) if plan["family"] == "sm90_decode" else (1, 2, 3)
+            expected = {(plan["name"], cluster, sms) for cluster in clusters for sms in SMS}
+            assert expected <= reached

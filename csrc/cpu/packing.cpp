@@ -54,11 +54,7 @@ void unpack(const int32_t* qweight, uint8_t* q, int64_t n, int64_t k,
 void pack_24(const Sparse& source, int32_t* qweight, int32_t* meta, int64_t n, int64_t k,
              const ParallelFor& parallel_for) {
   const layout::SparseShape shape{n, k};
-  parallel_for(shape.words(), layout::kWordsPerBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      qweight[i] = static_cast<int32_t>(layout::packed_word(source, shape, i));
-    }
-  });
+  pack_words(source, qweight, shape.survivors(), parallel_for);
   parallel_for(shape.meta_words(), layout::kMetaWordsPerBlock, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       meta[i] = static_cast<int32_t>(layout::meta_word(source, shape, i));

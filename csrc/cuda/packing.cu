@@ -48,13 +48,12 @@ struct UnpackWeight {
   }
 };
 
-struct PackSparse {
+struct PackMeta {
   Sparse source;
   layout::SparseShape shape;
-  int32_t *qweight, *meta;
+  int32_t* meta;
   __device__ void operator()(int64_t i) const {
-    qweight[i] = static_cast<int32_t>(layout::packed_word(source, shape, i));
-    if (i < shape.meta_words()) meta[i] = static_cast<int32_t>(layout::meta_word(source, shape, i));
+    meta[i] = static_cast<int32_t>(layout::meta_word(source, shape, i));
   }
 };
 
@@ -112,7 +111,9 @@ void unpack(const int32_t* qweight, uint8_t* q, int64_t n, int64_t k, void* stre
 void pack_24(const Sparse& source, int32_t* qweight, int32_t* meta, int64_t n, int64_t k,
              void* stream) {
   const layout::SparseShape shape{n, k};
-  for_each(shape.words(), stream, "pack_24", PackSparse{source, shape, qweight, meta});
+  const layout::Shape survivors = shape.survivors();
+  for_each(survivors.words(), stream, "pack_24", PackWord<Sparse>{source, survivors, qweight});
+  for_each(shape.meta_words(), stream, "pack_24", PackMeta{source, shape, meta});
 }
 
 void unpack_24(const int32_t* qweight, const int32_t* meta, uint8_t* q, uint8_t* mask, int64_t n,

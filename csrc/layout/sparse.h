@@ -53,12 +53,12 @@ MARLIN_HOST_DEVICE constexpr Places places_of(uint32_t nibble) {
   return {static_cast<int>(nibble & 3), static_cast<int>(nibble >> 2 & 3)};
 }
 
-// Sizes of a sparse weight. Its survivors are a dense weight of half the columns.
+// Sizes of a sparse weight; `k` is a multiple of 4.
 struct SparseShape {
   int64_t n, k;
+  MARLIN_HOST_DEVICE Shape survivors() const { return {n, k / 2}; }  // a dense weight
   MARLIN_HOST_DEVICE int64_t n_blocks() const { return ceil_div(n, kBlock); }
   MARLIN_HOST_DEVICE int64_t k_blocks() const { return ceil_div(k, kSparseColumns); }
-  MARLIN_HOST_DEVICE int64_t words() const { return n_blocks() * k_blocks() * kWordsPerBlock; }
   MARLIN_HOST_DEVICE int64_t meta_words() const {
     return n_blocks() * k_blocks() * kMetaWordsPerBlock;
   }
@@ -86,21 +86,13 @@ MARLIN_HOST_DEVICE inline Places stored_places(const Sparse& s, SparseShape shap
   return places;
 }
 
-// Word `index` of the packed survivors. Padding is 0.
-MARLIN_HOST_DEVICE inline uint32_t packed_word(const Sparse& s, SparseShape shape, int64_t index) {
-  const int64_t block = index / kWordsPerBlock;
-  const int thread = static_cast<int>(index % kWordsPerBlock) / kWordsPerThread;
-  const int word = static_cast<int>(index % kWordsPerThread);
-  uint32_t nibbles[kNibblesPerWord];
-  for (int i = 0; i < kNibblesPerWord; ++i) {
-    const Position p = position_of({thread, word, i});
-    const int64_t row = block / shape.k_blocks() * kBlock + p.row;
-    const int64_t quad = block % shape.k_blocks() * kQuads + p.col / 2;
-    const Places places = stored_places(s, shape, row, quad);
-    const int64_t column = quad * 4 + (p.col % 2 ? places.second : places.first);
-    nibbles[i] = row < shape.n && column < shape.k ? s.q[row * shape.k + column] & 15u : 0;
-  }
-  return join(nibbles);
+// Survivor `col` of a row, so that `packed_word` packs `shape.survivors()` like any dense weight.
+MARLIN_HOST_DEVICE inline uint32_t weight_at(const Sparse& s, Shape survivors, int64_t row,
+                                             int64_t col) {
+  const SparseShape shape{survivors.n, 2 * survivors.k};
+  const int64_t quad = col / 2;
+  const Places places = stored_places(s, shape, row, quad);
+  return s.q[row * shape.k + quad * 4 + (col % 2 ? places.second : places.first)] & 15u;
 }
 
 // Word `index` of the metadata.

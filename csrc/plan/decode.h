@@ -47,8 +47,8 @@ struct DecodeTile {
   constexpr int shared_bytes(int period) const { return barriers_at(period) + kBarrierBytes; }
 
   // As many stages of weights as fit, a multiple of the splits: a slot must always be the same split's.
-  static constexpr int kSharedBytes = 228 * 1024,
-                       kReserved = 1024;  // of a multiprocessor; a block's
+  static constexpr int kSharedBytes = 228 * 1024;  // of a multiprocessor
+  static constexpr int kReserved = 1024;           // of it, for each block
   static constexpr int kMostStages = 24, kBarrierBytes = 8 * (4 * kMostStages + 3);
   constexpr int stages(int period) const {
     const int room = kSharedBytes / blocks_per_sm - kReserved - weights_at() - sum_bytes() -

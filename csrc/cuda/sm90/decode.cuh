@@ -3,8 +3,8 @@
 // It computes, for tiles of 64 * kRowTiles output features and up to kTokens tokens,
 //     sums[row, token] = sum over groups of scale[row, group] * sum_k (q - zero)[row, k] x[token, k]
 //
-// Roles: three producer warps fill a ring of stages by bulk copies, with weights as they lie,
-// activations, and scales; kRowTiles * kSplits consumer warpgroups convert and multiply, and take
+// Roles: three producer warps fill two rings by bulk copies, one of weights as they lie with their
+// scales and zero points, one of activations; kRowTiles * kSplits consumer warpgroups convert and multiply, and take
 // turns at stages: stage i belongs to split i % kSplits. They leave their sums in shared memory and go
 // on with the next tile, while a finisher warp adds the splits in order and stores. Pairs of blocks
 // share a tile where the tiles do not go round (plan::DecodeShare).

@@ -1,4 +1,4 @@
-// The producer warps of a decode kernel (decode.cuh): they fill the ring of stages.
+// The producer warps of a decode kernel (decode.cuh): they fill the two rings.
 #pragma once
 
 #include "cuda/sm90/decode_tiles.cuh"
