@@ -26,6 +26,18 @@ auto numbered_table() {
 
 #undef MARLIN_SM90_DECODE
 
+// Copies are done in the order in which they are asked for, and those of the activations come last, so
+// that they wait for all the weights that were asked for before the previous kernel had finished. Where a
+// block does much, and few tokens leave little else to wait for, a few stages are better than a ring full:
+// 9.8 us against 10.3 at 4096 x 14336, M = 1, 60.9 against 65.1 at 57344 x 8192. Where it does little, what
+// is there early counts: 3.8 against 4.4 at 4096 x 4096. (H200, group 128, fp16.)
+int early_stages(const DecodePlan& plan) {
+  constexpr int kFewTokens = 8, kMuch = 24, kEarly = 4;
+  const int64_t stages = ceil_div(int64_t{plan.row_tiles} * plan.stages, plan.blocks);
+  if (plan.kernel.tile.tokens <= kFewTokens && stages > kMuch) return kEarly;
+  return plan.kernel.tile.stages(plan.period);
+}
+
 }  // namespace
 
 std::span<const DecodeKernel> decode_kernels() {
@@ -50,6 +62,7 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
   // Every multiprocessor gets a block, even where there are fewer tiles: with room for two blocks on
   // each, the next kernel's blocks then find exactly one place on every multiprocessor.
   plan.blocks = problem.device.clusters_of(plan.cluster) * plan.cluster;
+  plan.early_stages = early_stages(plan);
   return plan;
 }
 
@@ -57,7 +70,7 @@ std::optional<DecodePlan> select_decode(const Problem& problem) {
   if (!problem.device.wgmma) return std::nullopt;
   for (const DecodeKernel& kernel : decode_kernels()) {
     if (kernel.tile.tokens < problem.m) continue;
-    if (problem.n > kernel.most_n || problem.n * problem.k > kernel.most_weights) continue;
+    if (problem.n > kernel.most_n && problem.n * problem.k > kernel.most_weights) continue;
     return decode_plan_with(kernel, 2, problem);
   }
   return std::nullopt;

@@ -34,10 +34,13 @@ struct DecodeTile {
     return scales_at(period) + stages(period) * scale_bytes(period);
   }
 
-  // Then fp32 sums [splits][tokens][rows + 4], where 4 floats of padding spread a fragment's rows over
-  // all banks; what the other block of a pair sends [tokens][rows / 2]; and the barriers.
+  // Then fp32 sums [splits][pass_tokens][rows + 4], where 4 floats of padding spread a fragment's rows
+  // over all banks; what the other block of a pair sends [tokens][rows / 2]; and the barriers. With many
+  // tokens the sums leave in two passes, so that there is room for more stages.
+  constexpr int passes() const { return tokens > 64 ? 2 : 1; }
+  constexpr int pass_tokens() const { return tokens / passes(); }
   constexpr int sum_stride() const { return rows() + 4; }
-  constexpr int sum_bytes() const { return splits * tokens * sum_stride() * 4; }
+  constexpr int sum_bytes() const { return splits * pass_tokens() * sum_stride() * 4; }
   constexpr int received_bytes() const { return tokens * rows() / 2 * 4; }
   constexpr int sums_at(int period) const {
     return zeros_at(period) + stages(period) * zero_bytes(period);
@@ -49,7 +52,7 @@ struct DecodeTile {
   // As many stages of weights as fit, a multiple of the splits: a slot must always be the same split's.
   static constexpr int kSharedBytes = 228 * 1024;  // of a multiprocessor
   static constexpr int kReserved = 1024;           // of it, for each block
-  static constexpr int kMostStages = 24, kBarrierBytes = 8 * (4 * kMostStages + 3);
+  static constexpr int kMostStages = 24, kBarrierBytes = 8 * (4 * kMostStages + 4);
   constexpr int stages(int period) const {
     const int room = kSharedBytes / blocks_per_sm - kReserved - weights_at() - sum_bytes() -
                      received_bytes() - kBarrierBytes;
@@ -62,28 +65,37 @@ struct DecodeTile {
 struct DecodeKernel {
   int id;  // its place in the table
   DecodeTile tile;
-  int64_t most_n, most_weights;  // a layer with more takes a later line
+  int64_t most_n, most_weights;  // a layer with more of both takes a later line
   const char* reason;
   std::string name() const;
 };
 
 std::span<const DecodeKernel> decode_kernels();
 
-// The tiles of one block. Clusters get runs of neighbouring tiles, equal but for one; the blocks of a
-// cluster, equal parts of the run. Where one tile is left over, a pair shares it: the first block does
-// the first half of its k, and the other the rest.
+// How a launch deals out its tiles: clusters of one block or two get runs of neighbouring tiles, equal
+// but for one. The division is done here, on the host: on the device it would hold up the first copy.
+struct DecodeDeal {
+  int cluster;     // blocks: 1 or 2
+  int each, more;  // tiles of every cluster, and how many clusters get one more
+
+  static constexpr DecodeDeal of(int blocks, int cluster, int tiles) {
+    const int clusters = blocks / cluster;
+    return {cluster, tiles / clusters, tiles % clusters};
+  }
+};
+
+// The tiles of one block: equal parts of its cluster's run. Where one tile is left over, a pair shares
+// it: the first block does the first half of its k, and the other the rest.
 struct DecodeShare {
   int first, whole;  // tiles first .. first + whole - 1
   int shared;        // the shared tile, done before them; -1: none
   int rank;          // of the block in its cluster
 
-  static constexpr DecodeShare of(int block, int blocks, int cluster, int row_tiles) {
-    const int at = block / cluster, clusters = blocks / cluster, rank = block % cluster;
-    const int each = row_tiles / clusters,
-              more = row_tiles % clusters;  // so many clusters get one more
-    const int begin = at * each + (at < more ? at : more), count = each + (at < more);
-    const int whole = count / cluster;
-    return {begin + rank * whole, whole, count % cluster ? begin + count - 1 : -1, rank};
+  static constexpr DecodeShare of(const DecodeDeal& deal, int block) {
+    const int log2 = deal.cluster - 1, at = block >> log2, rank = block & log2;
+    const int begin = at * deal.each + (at < deal.more ? at : deal.more);
+    const int count = deal.each + (at < deal.more), whole = count >> log2;
+    return {begin + rank * whole, whole, count & log2 ? begin + count - 1 : -1, rank};
   }
   // A half of the stages of a shared tile.
   constexpr int first_shared_stage(int stages) const { return rank == 0 ? 0 : (stages + 1) / 2; }
@@ -99,9 +111,10 @@ struct DecodePlan {
   int stages;     // of a tile
   int cluster;    // 2: pairs of blocks that may share a tile; 1: launched without clusters
   int blocks;
+  int early_stages;  // of weights, copied while the kernel before may still run
 };
 
-// Nothing where another kernel must run: too many tokens, or a device or build without wgmma.
+// Nothing where another kernel is to run: with many tokens, or on a device or build without wgmma.
 std::optional<DecodePlan> select_decode(const Problem& problem);
 
 DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Problem& problem);

@@ -120,9 +120,10 @@ void check_decode(const Problem& problem, const DecodePlan& plan) {
   ASSERT_LE(plan.blocks, problem.device.sm_count);
   std::vector<int> done(static_cast<size_t>(plan.row_tiles) * plan.stages);
   int most = 0, least = 2 * plan.row_tiles;  // of half tiles of a block
+  const auto deal = DecodeDeal::of(plan.blocks, plan.cluster, plan.row_tiles);
   for (int block = 0; block < plan.blocks; ++block) {
-    const auto share = DecodeShare::of(block, plan.blocks, plan.cluster, plan.row_tiles);
-    const auto pair = DecodeShare::of(block ^ 1, plan.blocks, plan.cluster, plan.row_tiles);
+    const auto share = DecodeShare::of(deal, block);
+    const auto pair = DecodeShare::of(deal, block ^ 1);
     ASSERT_EQ(share.rank, block % plan.cluster);
     ASSERT_EQ(share.shared, plan.cluster == 1 ? -1 : pair.shared);
     for (int i = 0; i < share.whole; ++i) {

@@ -11,9 +11,12 @@
 //
 // Programmatic dependent launch: with `static_weights` the producers fill the ring with weights while
 // the previous kernel still runs; activations are read, and outputs written, only after it has
-// finished. Without it, nothing is read before the wait, and the next kernel is let go only after it,
-// so that a promise made by the next call cannot reach past a kernel that this one waits for. Where two
-// blocks fit a multiprocessor, the second is the next kernel's, with its ring full.
+// finished: the warp that copies activations waits for that, and all others for its copies. Without
+// it, nothing is read before the wait, and the next kernel is let go only after it, so that a promise
+// made by the next call cannot reach past a kernel that this one waits for. Where two blocks fit a
+// multiprocessor, the second is the next kernel's, with its ring full.
+//
+// A launch is as long as its first copies are late: what comes before them is kept short.
 #pragma once
 
 #include "cuda/sm90/decode_consumer.cuh"
@@ -22,17 +25,22 @@
 
 namespace marlin::cuda::sm90 {
 
-// Stores the tiles that are not the block's last.
+// Stores what is not the block's last pass.
 template <typename Element, typename S>
 __device__ void finish_tiles(const DecodeParams<Element>& p, uint32_t base,
                              const DecodeBarriers<S>& barriers) {
   int parity = 0;
 #pragma unroll 1
-  for (DecodeCursor<Element, S> work(p); work.valid() && !work.last(); work.advance()) {
-    ptx::mbarrier_wait(barriers.sums_full(), parity);
-    DecodeFinish<Element, S>{p, base}.template run<32>(work, static_cast<int>(threadIdx.x) % 32);
-    ptx::mbarrier_arrive(barriers.sums_free());
-    parity ^= 1;
+  for (DecodeCursor<Element, S> work(p); work.valid(); work.advance()) {
+#pragma unroll 1
+    for (int pass = 0; pass < S::kPasses; ++pass) {
+      if (work.last() && pass == S::kPasses - 1) return;
+      ptx::mbarrier_wait(barriers.sums_full(), parity);
+      DecodeFinish<Element, S>{p, base}.template run<32>(work, pass,
+                                                         static_cast<int>(threadIdx.x) % 32);
+      ptx::mbarrier_arrive(barriers.sums_free());
+      parity ^= 1;
+    }
   }
 }
 
@@ -43,25 +51,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   extern __shared__ __align__(1024) char shared[];
   const uint32_t base = ptx::shared_address(shared);
   const DecodeBarriers<S> barriers{base + S::kBarriersAt};
-  if (threadIdx.x == S::kConsumers) {
-    for (int i = 0; i < S::kStages; ++i) {
-      ptx::mbarrier_init(barriers.full() + 8 * i, 2);  // weights and scales
-      ptx::mbarrier_init(barriers.empty() + 8 * i, 128 * S::kRowTiles);
-    }
-    for (int i = 0; i < S::kInputStages; ++i) {
-      ptx::mbarrier_init(barriers.input_full() + 8 * i, 1);
-      ptx::mbarrier_init(barriers.input_empty() + 8 * i, 128 * S::kRowTiles);
-    }
-    ptx::mbarrier_init(barriers.sums_full(), S::kConsumers);
-    ptx::mbarrier_init(barriers.sums_free(), 32);
-    ptx::mbarrier_init(barriers.received(), 1);
-    ptx::mbarrier_init_fence();
-    ptx::mbarrier_arrive_expect(barriers.received(), DecodeFinish<Element, S>::received_bytes(p.m));
-  }
+  barriers.init();
   if (p.static_weights) ptx::let_next_kernel_start();
   __syncthreads();
-  const bool pairs = p.cluster > 1;
-  if (pairs) ptx::cluster_arrive();  // this block's barriers are ready for what the other one sends
+  const bool pairs = p.deal.cluster > 1;
+  if (pairs) {
+    if (threadIdx.x == S::kThreads - 1) DecodeFinish<Element, S>{p, base}.expect();
+    __syncwarp();
+    ptx::cluster_arrive();  // this block's barriers are ready for what the other one sends
+  }
   if (threadIdx.x >= S::kConsumers) {
     ptx::give_registers<S::kHelperRegisters>();
     const int warp =
@@ -71,14 +69,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     if (warp == 1) producer.copy_input();
     if (warp == 2) producer.copy_scales();
     if (pairs) ptx::cluster_wait();
-    if (warp == 3) {
-      ptx::wait_for_earlier_kernels();
-      finish_tiles<Element, S>(p, base, barriers);
-    }
+    if (warp == 3) finish_tiles<Element, S>(p, base, barriers);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
-    ptx::wait_for_earlier_kernels();
-    if (!p.static_weights) ptx::let_next_kernel_start();
     if (pairs) ptx::cluster_wait();
     DecodeConsumer<Element, S>{p, DecodePlace<S>(base)}.run();
   }

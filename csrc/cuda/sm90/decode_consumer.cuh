@@ -35,15 +35,18 @@ struct DecodeConsumer {
         place.release();
         place.advance();
       }
-      ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
-      leave_sums();
-      ptx::mbarrier_arrive(barriers.sums_full());
-      if (work.last()) {  // nothing else to do
-        ptx::mbarrier_wait(barriers.sums_full(), parity);
-        DecodeFinish<Element, S>{p, place.base}.template run<S::kConsumers>(
-            work, static_cast<int>(threadIdx.x));
+#pragma unroll
+      for (int pass = 0; pass < S::kPasses; ++pass) {
+        ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
+        leave_sums(pass);
+        ptx::mbarrier_arrive(barriers.sums_full());
+        if (work.last() && pass == S::kPasses - 1) {  // nothing else to do
+          ptx::mbarrier_wait(barriers.sums_full(), parity);
+          DecodeFinish<Element, S>{p, place.base}.template run<S::kConsumers>(
+              work, pass, static_cast<int>(threadIdx.x));
+        }
+        parity ^= 1;
       }
-      parity ^= 1;
     }
   }
 
@@ -53,7 +56,8 @@ struct DecodeConsumer {
     constexpr int kSteps = S::kPeriod / 16;  // of 16 columns, between scales
     // 128 columns, or 64 where two blocks share the registers; with many tokens, one group.
     constexpr int kSpan = S::kBlocksPerSm == 1 ? 8 : 4;
-    constexpr int kFit = kTokens < 64 ? 64 / kTokens : 1, kWanted = kSpan / kSteps;
+    constexpr int kRoom = kTokens == 16 && kSteps == 2 ? 32 : 64;
+    constexpr int kFit = kTokens < kRoom ? kRoom / kTokens : 1, kWanted = kSpan / kSteps;
     constexpr int kGroups = kWanted < 1 ? 1 : kWanted < kFit ? kWanted : kFit;
     const uint64_t b = place.input_descriptor();
 #pragma unroll
@@ -120,14 +124,15 @@ struct DecodeConsumer {
     }
   }
 
-  // Leaves the sums as [split][token][row].
-  __device__ void leave_sums() const {
+  // Leaves the sums of a pass as [split][token][row].
+  __device__ void leave_sums(int pass) const {
+    constexpr int kEach = S::kPassTokens / 2;
     const uint32_t to =
-        place.base + S::kSumsAt + (place.split * kTokens * S::kSumStride + place.row()) * 4;
+        place.base + S::kSumsAt + (place.split * S::kPassTokens * S::kSumStride + place.row()) * 4;
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) {
+    for (int i = 0; i < kEach; ++i) {
       const int token = i / 4 * 8 + place.thread() % 4 * 2 + i % 2;
-      ptx::store_shared(to + (token * S::kSumStride + i / 2 % 2 * 8) * 4, sums[i]);
+      ptx::store_shared(to + (token * S::kSumStride + i / 2 % 2 * 8) * 4, sums[pass * kEach + i]);
     }
   }
 };

@@ -16,21 +16,22 @@ struct DecodeFinish {
   const DecodeParams<Element>& p;
   uint32_t base;  // of shared memory
 
-  // By threads 0 .. kThreads - 1 of a caller, once the sums are there.
+  // By threads 0 .. kThreads - 1 of a caller, once a pass's sums are there.
   template <int kThreads>
-  __device__ void run(const DecodeCursor<Element, S>& work, int thread) const {
+  __device__ void run(const DecodeCursor<Element, S>& work, int pass, int thread) const {
     constexpr int kHalf = S::kRows / 2;
-    const int tokens = min(S::kTokens, p.m);
+    const int tokens = pass_tokens(pass), first = pass * S::kPassTokens;
+    const int column = work.tile() * S::kRows;
     if (!work.shared()) {
       for (int i = thread; i < tokens * (S::kRows / 4); i += kThreads) {
         const int token = i / (S::kRows / 4), row = i % (S::kRows / 4) * 4;
-        store(sum_of(token, row), token, work.tile() * S::kRows + row);
+        store(sum_of(token, row), first + token, column + row);
       }
       return;
     }
     const int mine = work.share.rank * kHalf, theirs = kHalf - mine;
-    const uint32_t inbox = base + S::kReceivedAt;
-    const uint32_t received = DecodeBarriers<S>{base + S::kBarriersAt}.received();
+    const uint32_t inbox = base + S::kReceivedAt + pass * S::kPassTokens * kHalf * 4;
+    const uint32_t received = DecodeBarriers<S>{base + S::kBarriersAt}.received(pass);
     const uint32_t to = ptx::address_in_block(inbox, work.share.rank ^ 1);
     const uint32_t barrier = ptx::address_in_block(received, work.share.rank ^ 1);
     for (int i = thread; i < tokens * (kHalf / 4); i += kThreads) {
@@ -42,14 +43,24 @@ struct DecodeFinish {
       const int token = i / (kHalf / 4), row = mine + i % (kHalf / 4) * 4;
       float4 sum = sum_of(token, row);
       add(sum, ptx::load_shared<float4>(inbox + i * 16));
-      store(sum, token, work.tile() * S::kRows + row);
+      store(sum, first + token, column + row);
     }
   }
 
-  // What run() of the other block will send.
-  static __device__ int received_bytes(int m) { return min(S::kTokens, m) * S::kRows / 2 * 4; }
+  // Says how much run() of the other block will send. Before that block can.
+  __device__ void expect() const {
+    for (int pass = 0; pass < S::kPasses; ++pass) {
+      ptx::mbarrier_arrive_expect(DecodeBarriers<S>{base + S::kBarriersAt}.received(pass),
+                                  pass_tokens(pass) * S::kRows / 2 * 4);
+    }
+  }
 
  private:
+  // How many tokens of a pass there are.
+  __device__ int pass_tokens(int pass) const {
+    return min(S::kPassTokens, max(p.m - pass * S::kPassTokens, 0));
+  }
+
   static __device__ void add(float4& a, const float4& b) {
     a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
   }
@@ -60,7 +71,7 @@ struct DecodeFinish {
     float4 sum = ptx::load_shared<float4>(at);
 #pragma unroll
     for (int split = 1; split < S::kSplits; ++split) {
-      add(sum, ptx::load_shared<float4>(at + split * S::kTokens * S::kSumStride * 4));
+      add(sum, ptx::load_shared<float4>(at + split * S::kPassTokens * S::kSumStride * 4));
     }
     return sum;
   }

@@ -18,9 +18,10 @@ struct DecodeProducer {
 
   __device__ void copy_weights() const {
     RingProducer<S::kStages> ring{barriers.full(), barriers.empty()};
-    if (!p.static_weights) ptx::wait_for_earlier_kernels();
+    Cursor work(p);
+    int early = p.static_weights ? p.early_stages : 0;
 #pragma unroll 1
-    for (Cursor work(p); work.valid(); work.advance()) {
+    for (; work.valid(); work.advance()) {
       const int row_block = work.tile() * S::kRowTiles;
       const int row_blocks = min(S::kRowTiles, p.n_blocks - row_block);
       const int first_block = work.first_stage() * S::kStageBlocks;
@@ -30,6 +31,7 @@ struct DecodeProducer {
       int blocks = min(work.stages() * S::kStageBlocks, p.k_blocks - first_block);
 #pragma unroll 1
       for (; blocks > 0; blocks -= S::kStageBlocks) {
+        if (early-- == 0) ptx::wait_for_earlier_kernels();
         ring.fill([&](int slot, uint32_t barrier) {
           const int bytes = min(S::kStageBlocks, blocks) * layout::kBytesPerBlock;
           const uint32_t to = shared + S::kWeightsAt + slot * S::kWeightBytes;
@@ -47,17 +49,31 @@ struct DecodeProducer {
     }
   }
 
+  // Where there are fewer tokens than the tile has room for, a copy for every 64 columns of as many as
+  // there are: what lies outside the tensor would be filled with zeros, which takes the copy engine
+  // longer than copying. What is left in the other tokens' places is multiplied, but never stored.
   __device__ void copy_input() const {
     RingProducer<S::kInputStages> ring{barriers.input_full(), barriers.input_empty()};
+    Cursor work(p);
     ptx::wait_for_earlier_kernels();
+    if (!p.static_weights) ptx::let_next_kernel_start();
 #pragma unroll 1
-    for (Cursor work(p); work.valid(); work.advance()) {
+    for (; work.valid(); work.advance()) {
       int block = work.first_stage() * S::kStageBlocks;
 #pragma unroll 1
       for (int i = work.stages(); i > 0; --i) {
         ring.fill([&](int slot, uint32_t barrier) {
-          ptx::mbarrier_arrive_expect(barrier, S::kInputBytes);
-          ptx::tensor_copy(shared + slot * S::kInputBytes, p.input, 0, 0, block, barrier);
+          const uint32_t to = shared + slot * S::kInputBytes;
+          if (p.m == S::kTokens) {
+            ptx::mbarrier_arrive_expect(barrier, S::kInputBytes);
+            ptx::tensor_copy(to, p.input, 0, 0, block, barrier);
+            return;
+          }
+          ptx::mbarrier_arrive_expect(barrier, p.m * S::kStageBlocks * 128);
+#pragma unroll 1
+          for (int i = 0; i < S::kStageBlocks; ++i) {
+            ptx::tensor_copy(to + i * S::kTokens * 128, p.input, 0, 0, block + i, barrier);
+          }
         });
         block += S::kStageBlocks;
       }

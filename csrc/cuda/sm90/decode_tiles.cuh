@@ -1,6 +1,7 @@
 // What a decode kernel (decode.cuh) is told, its shape, and the order of its tiles.
 #pragma once
 
+#include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/sm90/layer.h"
 #include "layout/packed.h"
 #include "plan/decode.h"
@@ -9,8 +10,9 @@ namespace marlin::cuda::sm90 {
 
 template <typename Element>
 struct DecodeParams : LayerParams<Element> {
-  int row_tiles, stages;  // stages of a tile
-  int cluster;
+  plan::DecodeDeal deal;
+  int stages;        // of a tile
+  int early_stages;  // of weights (plan::DecodePlan)
 };
 
 template <int kTokens_, int kRowTiles_, int kSplits_, int kStageBlocks_, int kBlocksPerSm_,
@@ -31,6 +33,7 @@ struct DecodeShape {
   static constexpr int kScalesAt = kTile.scales_at(kPeriod), kZerosAt = kTile.zeros_at(kPeriod);
   static constexpr int kScaleBytes = kTile.scale_bytes(kPeriod);
   static constexpr int kZeroBytes = kTile.zero_bytes(kPeriod);
+  static constexpr int kPasses = kTile.passes(), kPassTokens = kTile.pass_tokens();
   static constexpr int kSumStride = kTile.sum_stride(), kSumsAt = kTile.sums_at(kPeriod);
   static constexpr int kReceivedAt = kTile.received_at(kPeriod);
   static constexpr int kBarriersAt = kTile.barriers_at(kPeriod);
@@ -38,11 +41,12 @@ struct DecodeShape {
   static_assert(kInputStages > 0 && kInputStages % kSplits == 0);
   static_assert(kStages <= plan::DecodeTile::kMostStages);
   static_assert(kInputStages <= plan::DecodeTile::kMostStages);
+  static_assert(kPassTokens % 8 == 0);
   static_assert(kRows <= 256 && kScaleBytes % 128 == 0);  // as tensor copies want it
 
   // Registers per thread: what a block's threads have at its launch, shared out anew among its roles.
   static constexpr int kRegisters = 65536 / kBlocksPerSm / kThreads / 8 * 8;
-  static constexpr int kHelperRegisters = kBlocksPerSm == 2 ? 40 : 32;
+  static constexpr int kHelperRegisters = kConsumers == 512 ? 32 : 40;
   static constexpr int kConsumerRegisters =
       (kRegisters * kThreads - kHelperRegisters * 128) / kConsumers / 8 * 8;
   static_assert(kHelperRegisters * 128 + kConsumerRegisters * kConsumers <= kRegisters * kThreads);
@@ -62,7 +66,30 @@ struct DecodeBarriers {
   __device__ uint32_t sums_full() const { return input_empty() + 8 * S::kInputStages; }
   __device__ uint32_t sums_free() const { return sums_full() + 8; }
   // Of what the other block of a pair sends.
-  __device__ uint32_t received() const { return sums_free() + 8; }
+  __device__ uint32_t received(int pass) const { return sums_free() + 8 + 8 * pass; }
+
+  // By all warps of the block, which share the work: a thread needs 20 cycles for each. Not by lanes:
+  // the instruction wants an address that is the same in the warp.
+  __device__ void init() const {
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+    if (!ptx::elect_one()) return;
+#pragma unroll 1
+    for (int i = warp; i < S::kStages; i += S::kThreads / 32) {
+      ptx::mbarrier_init(full() + 8 * i, 2);  // weights and scales
+      ptx::mbarrier_init(empty() + 8 * i, 128 * S::kRowTiles);
+    }
+#pragma unroll 1
+    for (int i = warp; i < S::kInputStages; i += S::kThreads / 32) {
+      ptx::mbarrier_init(input_full() + 8 * i, 1);
+      ptx::mbarrier_init(input_empty() + 8 * i, 128 * S::kRowTiles);
+    }
+    if (warp == S::kThreads / 32 - 1) {
+      ptx::mbarrier_init(sums_full(), S::kConsumers);
+      ptx::mbarrier_init(sums_free(), 32);
+      for (int pass = 0; pass < S::kPasses; ++pass) ptx::mbarrier_init(received(pass), 1);
+    }
+    ptx::mbarrier_init_fence();
+  }
 };
 
 // A block's tiles, in turn: the shared one, of which it does its half of k, then the others.
@@ -74,8 +101,7 @@ struct DecodeCursor {
 
   __device__ explicit DecodeCursor(const DecodeParams<Element>& params)
       : p(params),
-        share(plan::DecodeShare::of(static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
-                                    params.cluster, params.row_tiles)),
+        share(plan::DecodeShare::of(params.deal, static_cast<int>(blockIdx.x))),
         at(share.shared < 0 ? 0 : -1) {}
   __device__ bool valid() const { return at < share.whole; }
   __device__ bool last() const { return at + 1 == share.whole; }
