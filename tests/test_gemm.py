@@ -105,19 +105,27 @@ def test_one_hot_inputs_read_out_the_weight(
     x = torch.eye(k, dtype=dtype, device=device)
     expected = weight.dense64().T.float().to(dtype)
     assert torch.equal(weight.gemm(x), expected)
-    for m in (5, 12, 24, 40, 60):  # and through the kernels for few tokens
+    for m in (5, 12, 24, 40, 60, 72, 90, 104, 120):  # and through the kernels for few tokens
         for first in range(0, k, m):
             rows = slice(first, first + m)
             assert torch.equal(weight.gemm(x[rows]), expected[rows])
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sms", [0, 3], ids=["all-sms", "3-sms"])
-def test_every_kernel(sms: int) -> None:
+def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
     """Also those that the planner keeps for other GPUs; with long runs of work per block, and with
     k shared by the blocks of clusters that divide nothing evenly."""
     from marlin import _inspect
 
+    weight = make_weight(
+        712, 5000, 32 if options else 128, dtype=dtype, device="cuda",
+        zeros=options, perm=options, bias=options,
+    )  # fmt: skip
+    dense = weight.dense64()
+    inputs = [make_input(m, 5000, dtype=dtype, device="cuda") for m in (1, 11, 30, 61, 97, 150)]
     try:
         for kernel in _inspect.plans():
             family = kernel["family"]
@@ -126,21 +134,12 @@ def test_every_kernel(sms: int) -> None:
             clusters = {"sm80": (1,), "sm90_decode": (1, 2), "sm90_prefill": (1, 2, 3, 8)}[family]
             for cluster in clusters:
                 _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
-                for options in (False, True):
-                    for dtype in DTYPES:
-                        weight = make_weight(
-                            712, 5000, 32 if options else 128, dtype=dtype, device="cuda",
-                            zeros=options, perm=options, bias=options,
-                        )  # fmt: skip
-                        dense = weight.dense64()
-                        for m in (1, 11, 30, 61, 150):
-                            if family == "sm90_decode" and m > kernel["tokens"]:
-                                continue
-                            x = make_input(m, 5000, dtype=dtype, device="cuda")
-                            reference.assert_close(
-                                weight.gemm(x), x, dense, weight.bias,
-                                rounded=family == "sm90_prefill",
-                            )  # fmt: skip
+                for x in inputs:
+                    if family == "sm90_decode" and x.shape[0] > kernel["tokens"]:
+                        continue
+                    reference.assert_close(
+                        weight.gemm(x), x, dense, weight.bias, rounded=family == "sm90_prefill"
+                    )
     finally:
         _inspect.force_plan()
 

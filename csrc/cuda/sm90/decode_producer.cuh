@@ -49,9 +49,6 @@ struct DecodeProducer {
     }
   }
 
-  // Where there are fewer tokens than the tile has room for, a copy for every 64 columns of as many as
-  // there are: what lies outside the tensor would be filled with zeros, which takes the copy engine
-  // longer than copying. What is left in the other tokens' places is multiplied, but never stored.
   __device__ void copy_input() const {
     RingProducer<S::kInputStages> ring{barriers.input_full(), barriers.input_empty()};
     Cursor work(p);
@@ -63,17 +60,8 @@ struct DecodeProducer {
 #pragma unroll 1
       for (int i = work.stages(); i > 0; --i) {
         ring.fill([&](int slot, uint32_t barrier) {
-          const uint32_t to = shared + slot * S::kInputBytes;
-          if (p.m == S::kTokens) {
-            ptx::mbarrier_arrive_expect(barrier, S::kInputBytes);
-            ptx::tensor_copy(to, p.input, 0, 0, block, barrier);
-            return;
-          }
-          ptx::mbarrier_arrive_expect(barrier, p.m * S::kStageBlocks * 128);
-#pragma unroll 1
-          for (int i = 0; i < S::kStageBlocks; ++i) {
-            ptx::tensor_copy(to + i * S::kTokens * 128, p.input, 0, 0, block + i, barrier);
-          }
+          ptx::mbarrier_arrive_expect(barrier, S::kInputBytes);
+          ptx::tensor_copy(shared + slot * S::kInputBytes, p.input, 0, 0, block, barrier);
         });
         block += S::kStageBlocks;
       }

@@ -17,11 +17,11 @@ template <typename Element>
 constexpr MapType kMapType =
     std::is_same_v<Element, __half> ? MapType::kFloat16 : MapType::kBFloat16;
 
-// What kernels are told of a call whose tiles have `rows` output features and whose stages are of
+// What kernels are told of a call whose tiles are `tokens` x `rows` and whose stages are of
 // `stage_blocks` x 64 columns, with scales every `period` of them.
 template <typename Element>
 void describe(LayerParams<Element>& p, const Gemm& args, const Operands<Element>& operands,
-              const std::array<uint32_t, 3>& input_box, int rows, int stage_blocks, int period) {
+              int tokens, int rows, int stage_blocks, int period) {
   const auto m = static_cast<uint64_t>(args.m), n = static_cast<uint64_t>(args.n);
   const auto groups = static_cast<uint64_t>(operands.groups);
   const auto columns = static_cast<uint64_t>(operands.columns);
@@ -30,8 +30,9 @@ void describe(LayerParams<Element>& p, const Gemm& args, const Operands<Element>
   const int stage_groups = groups == 1 ? 1 : std::max(stage_blocks * 64 / period, 1);
   const std::array<uint32_t, 2> scale_box{static_cast<uint32_t>(rows),
                                           static_cast<uint32_t>(stage_groups)};
-  p.input = tensor_map(kMapType<Element>, operands.input, {{64, m, columns / 64}},
-                       {{input_stride * 2, 128}}, input_box, true);
+  p.input = tensor_map(
+      kMapType<Element>, operands.input, {{64, m, columns / 64}}, {{input_stride * 2, 128}},
+      {{64, static_cast<uint32_t>(tokens), static_cast<uint32_t>(stage_blocks)}}, true);
   p.scales = tensor_map(kMapType<Element>, operands.scales, {{n, groups}}, {{scale_stride * 2}},
                         scale_box, false);
   if (operands.zeros) {
@@ -106,11 +107,7 @@ void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cud
   const auto operands = prepare<Element>(args, scratch_of(args, plan), workspace, stream);
   const plan::DecodeTile& tile = plan.kernel.tile;
   DecodeParams<Element> p{};
-  const bool full = args.m == tile.tokens;  // DecodeProducer::copy_input
-  describe(
-      p, args, operands,
-      {{64, static_cast<uint32_t>(args.m), full ? static_cast<uint32_t>(tile.stage_blocks) : 1}},
-      tile.rows(), tile.stage_blocks, plan.period);
+  describe(p, args, operands, tile.tokens, tile.rows(), tile.stage_blocks, plan.period);
   p.deal = plan::DecodeDeal::of(plan.blocks, plan.cluster, plan.row_tiles);
   p.stages = plan.stages;
   p.early_stages = plan.early_stages;
@@ -124,9 +121,7 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   const plan::PrefillTile& tile = plan.kernel.tile;
   PrefillParams<Element> p{};
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
-  describe(p, args, operands,
-           {{64, static_cast<uint32_t>(tile.tokens), static_cast<uint32_t>(tile.stage_blocks)}},
-           tile.rows(), tile.stage_blocks, plan.period);
+  describe(p, args, operands, tile.tokens, tile.rows(), tile.stage_blocks, plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
   p.row_tiles = plan.row_tiles;
   p.token_tiles = plan.token_tiles;
