@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import reference
 import torch
 from operands import make_input, make_weight
 from torch import Tensor
+
+from marlin import _inspect
 
 ops = torch.ops.marlin
 N, K = 136, 264
@@ -159,9 +162,18 @@ def test_weights_written_just_before(m: int, captured: bool) -> None:
         check(results)
 
 
+@pytest.fixture
+def multiprocessors(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As if the GPU had so many (0: as it is), so that blocks do much."""
+    _inspect.force_plan(sms=request.param)
+    yield request.param
+    _inspect.force_plan()
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("multiprocessors", [0, 3], indirect=True, ids=["all-sms", "3-sms"])
 @pytest.mark.parametrize("m", [7, 100, 300])
-def test_chain_of_layers_equals_eager(m: int) -> None:
+def test_chain_of_layers_equals_eager(m: int, multiprocessors: int) -> None:
     """64 distinct layers, each fed by the one before, in one graph with early weight reads."""
     layers = [make_weight(1024, 1024, device="cuda", seed=seed) for seed in range(64)]
     x = make_input(m, 1024, dtype=torch.float16, device="cuda")

@@ -29,8 +29,9 @@ auto numbered_table() {
 // Copies are done in the order in which they are asked for, and those of the activations come last, so
 // that they wait for all the weights that were asked for before the previous kernel had finished. Where a
 // block does much, and few tokens leave little else to wait for, a few stages are better than a ring full:
-// 9.8 us against 10.3 at 4096 x 14336, M = 1, 60.9 against 65.1 at 57344 x 8192. Where it does little, what
-// is there early counts: 3.8 against 4.4 at 4096 x 4096. (H200, group 128, fp16.)
+// 18.8 us against 19.4 at 28672 x 4096, M = 1, 60.9 against 65.1 at 57344 x 8192. Where it does little,
+// what is there early counts: 3.8 against 4.4 at 4096 x 4096. (H200, group 128, fp16; between 8 and 24
+// stages of 512 columns nothing was measured.)
 int early_stages(const DecodePlan& plan) {
   constexpr int kFewTokens = 8, kMuch = 24, kEarly = 4;
   const int64_t stages = ceil_div(int64_t{plan.row_tiles} * plan.stages, plan.blocks);

@@ -92,7 +92,8 @@ struct DecodeShare {
   int rank;          // of the block in its cluster
 
   static constexpr DecodeShare of(const DecodeDeal& deal, int block) {
-    const int log2 = deal.cluster - 1, at = block >> log2, rank = block & log2;
+    const int log2 = deal.cluster - 1;  // of 1 or 2: also the mask of what a division leaves
+    const int at = block >> log2, rank = block & log2;
     const int begin = at * deal.each + (at < deal.more ? at : deal.more);
     const int count = deal.each + (at < deal.more), whole = count >> log2;
     return {begin + rank * whole, whole, count & log2 ? begin + count - 1 : -1, rank};
@@ -111,7 +112,7 @@ struct DecodePlan {
   int stages;     // of a tile
   int cluster;    // 2: pairs of blocks that may share a tile; 1: launched without clusters
   int blocks;
-  int early_stages;  // of weights, copied while the kernel before may still run
+  int early_stages;  // of weights: with static_weights, copied while the kernel before may still run
 };
 
 // Nothing where another kernel is to run: with many tokens, or on a device or build without wgmma.

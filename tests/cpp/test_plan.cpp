@@ -149,7 +149,9 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
   std::mt19937 random(4);
   const auto up_to = [&](int64_t most) { return 1 + static_cast<int64_t>(random() % most); };
   for (int i = 0; i < 2000; ++i) {
-    Problem problem{up_to(64), up_to(i % 2 ? 9000 : 60000), up_to(30000), 128, device_of(90, 132)};
+    const bool narrow = i % 2 != 0;
+    Problem problem{up_to(narrow ? 128 : 64), up_to(narrow ? 16384 : 60000), up_to(30000), 128,
+                    device_of(90, 132)};
     problem.device.wgmma = true;
     if (i % 5 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
     const auto plan = select_decode(problem);
@@ -161,6 +163,27 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, decode_plan_with(kernel, cluster, problem)));
   }
   EXPECT_FALSE(select_decode({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
+  Problem wide{65, 16385, 4096, 128, device_of(90, 132)};
+  wide.device.wgmma = true;
+  EXPECT_FALSE(select_decode(wide).has_value());  // prefill kernels are faster
+  wide.m = 129, wide.n = 4096;
+  EXPECT_FALSE(select_decode(wide).has_value());
+}
+
+TEST(Plan, DecodeAsksForFewWeightsEarlyWhereBlocksDoMuch) {
+  const auto early = [](int64_t m, int64_t n, int64_t k) {
+    Problem problem{m, n, k, 128, device_of(90, 132)};
+    problem.device.wgmma = true;
+    const auto plan = select_decode(problem);
+    return std::pair(plan->early_stages, plan->kernel.tile.stages(plan->period));
+  };
+  const auto [few, ring] = early(1, 57344, 8192);
+  EXPECT_EQ(few, 4);
+  EXPECT_LT(few, ring);
+  const auto [small, small_ring] = early(1, 4096, 4096);
+  EXPECT_EQ(small, small_ring);
+  const auto [tokens, tokens_ring] = early(16, 57344, 8192);
+  EXPECT_EQ(tokens, tokens_ring);
 }
 
 TEST(Plan, DecodeKernelsFitAsOftenAsTheySay) {

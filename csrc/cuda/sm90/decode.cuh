@@ -16,7 +16,7 @@
 // made by the next call cannot reach past a kernel that this one waits for. Where two blocks fit a
 // multiprocessor, the second is the next kernel's, with its ring full.
 //
-// A launch is as long as its first copies are late: what comes before them is kept short.
+// Every cycle before the first copies makes the launch longer: what comes before them is kept short.
 #pragma once
 
 #include "cuda/sm90/decode_consumer.cuh"
@@ -25,7 +25,7 @@
 
 namespace marlin::cuda::sm90 {
 
-// Stores what is not the block's last pass.
+// Stores all passes but the block's last, which the consumers store.
 template <typename Element, typename S>
 __device__ void finish_tiles(const DecodeParams<Element>& p, uint32_t base,
                              const DecodeBarriers<S>& barriers) {

@@ -1,4 +1,4 @@
-// A consumer warpgroup of a decode kernel (decode.cuh) for up to 64 tokens: converts and multiplies.
+// A consumer warpgroup of a decode kernel (decode.cuh): converts and multiplies.
 //
 // Weights go into the tensor core as exact integers, and a group's scale is applied in fp32 to the
 // group's sum.
@@ -56,7 +56,7 @@ struct DecodeConsumer {
     constexpr int kSteps = S::kPeriod / 16;  // of 16 columns, between scales
     // 128 columns, or 64 where two blocks share the registers; with many tokens, one group.
     constexpr int kSpan = S::kBlocksPerSm == 1 ? 8 : 4;
-    constexpr int kRoom = kTokens == 16 && kSteps == 2 ? 32 : 64;
+    constexpr int kRoom = kTokens == 16 && kSteps == 2 ? 32 : 64;  // with 64, a register spills
     constexpr int kFit = kTokens < kRoom ? kRoom / kTokens : 1, kWanted = kSpan / kSteps;
     constexpr int kGroups = kWanted < 1 ? 1 : kWanted < kFit ? kWanted : kFit;
     const uint64_t b = place.input_descriptor();

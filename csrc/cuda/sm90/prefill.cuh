@@ -9,7 +9,7 @@
 // Where tiles are too few for the multiprocessors, the blocks of a cluster share a tile's k, leave
 // their fp32 sums in shared memory, and each adds, in the order of rank, those of its share of tokens.
 //
-// Programmatic dependent launch as in decode.cuh.
+// Programmatic dependent launch as in decode.cuh, but that consumers wait for earlier kernels, too.
 #pragma once
 
 #include "cuda/sm90/prefill_consumer.cuh"
