@@ -173,6 +173,48 @@ def _check_perm(op: str, perm: Tensor, k: int, qweight: Tensor) -> None:
     _check_same_device(op, "perm", perm, "qweight", qweight)
 
 
+def _gemm_output(
+    op: str,
+    input: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    *,
+    sparse: bool = False,
+) -> Tensor:
+    _check(
+        input.dtype in (torch.float16, torch.bfloat16),
+        f"marlin::{op}: input must be float16 or bfloat16, got {_dtype(input)}; cast it, "
+        "e.g. input.to(scales.dtype)",
+    )
+    _check(
+        input.dim() >= 1,
+        f"marlin::{op}: input must have shape [..., K], got a tensor without dimensions",
+    )
+    _check(
+        scales.dtype == input.dtype,
+        f"marlin::{op}: scales must have the dtype of input, {_dtype(input)}, got {_dtype(scales)}",
+    )
+    _check_same_device(op, "input", input, "qweight", qweight)
+    _check(
+        input.size(-1) <= 1 or input.stride(-1) == 1,
+        f"marlin::{op}: input must have stride 1 along its last dimension, got "
+        f"{input.stride(-1)}; call input.contiguous()",
+    )
+    n = _check_weight(op, qweight, scales, zeros, perm, input.size(-1), sparse=sparse)
+    if bias is not None:
+        _check_dtype(op, "bias", bias, input.dtype)
+        _check(
+            bias.dim() == 1 and bias.size(0) == n,
+            f"marlin::{op}: bias must have shape [N] = [{n}], got {_shape(bias)}",
+        )
+        _check_contiguous(op, "bias", bias)
+        _check_same_device(op, "bias", bias, "input", input)
+    return input.new_empty([*input.shape[:-1], n])
+
+
 @torch.library.register_fake("marlin::gemm")
 def _gemm_fake(
     input: Tensor,
@@ -184,35 +226,25 @@ def _gemm_fake(
     *,
     static_weights: bool = False,
 ) -> Tensor:
-    _check(
-        input.dtype in (torch.float16, torch.bfloat16),
-        f"marlin::gemm: input must be float16 or bfloat16, got {_dtype(input)}; cast it, "
-        "e.g. input.to(scales.dtype)",
-    )
-    _check(
-        input.dim() >= 1,
-        "marlin::gemm: input must have shape [..., K], got a tensor without dimensions",
-    )
-    _check(
-        scales.dtype == input.dtype,
-        f"marlin::gemm: scales must have the dtype of input, {_dtype(input)}, got {_dtype(scales)}",
-    )
-    _check_same_device("gemm", "input", input, "qweight", qweight)
-    _check(
-        input.size(-1) <= 1 or input.stride(-1) == 1,
-        f"marlin::gemm: input must have stride 1 along its last dimension, got "
-        f"{input.stride(-1)}; call input.contiguous()",
-    )
-    n = _check_weight("gemm", qweight, scales, zeros, perm, input.size(-1))
-    if bias is not None:
-        _check_dtype("gemm", "bias", bias, input.dtype)
-        _check(
-            bias.dim() == 1 and bias.size(0) == n,
-            f"marlin::gemm: bias must have shape [N] = [{n}], got {_shape(bias)}",
-        )
-        _check_contiguous("gemm", "bias", bias)
-        _check_same_device("gemm", "bias", bias, "input", input)
-    return input.new_empty([*input.shape[:-1], n])
+    return _gemm_output("gemm", input, qweight, scales, zeros, perm, bias)
+
+
+@torch.library.register_fake("marlin::gemm_24")
+def _gemm_24_fake(
+    input: Tensor,
+    qweight: Tensor,
+    meta: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    static_weights: bool = False,
+) -> Tensor:
+    _check_packed("gemm_24", qweight, sparse=True)
+    _check_meta("gemm_24", meta, qweight)
+    if input.dim() >= 1:
+        _check_quads("gemm_24", "K of input", input.size(-1))
+    return _gemm_output("gemm_24", input, qweight, scales, zeros, None, bias, sparse=True)
 
 
 def _new_packed(like: Tensor, n: int, k: int) -> Tensor:
@@ -336,22 +368,30 @@ def _dequantize_24_fake(
 def _gemm_setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
 ) -> None:
-    input, qweight, scales, zeros, perm, bias = inputs
-    ctx.save_for_backward(qweight, scales, zeros, perm)
+    input, *weight, bias = inputs
+    ctx.save_for_backward(*weight)
     ctx.in_features = input.size(-1)
     ctx.has_bias = bias is not None
 
 
-def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, dequantize: Any) -> tuple[Tensor | None, ...]:
     """The gradient of the activation, and of the bias; packed weights are constants."""
-    qweight, scales, zeros, perm = ctx.saved_tensors
+    weight = ctx.saved_tensors
     grad_input = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.marlin.dequantize(qweight, scales, zeros, perm, k=ctx.in_features)
-        grad_input = grad @ weight
-    if ctx.has_bias and ctx.needs_input_grad[5]:
+        grad_input = grad @ dequantize(*weight, k=ctx.in_features)
+    if ctx.has_bias and ctx.needs_input_grad[-1]:
         grad_bias = grad.reshape(-1, grad.size(-1)).sum(0)
-    return grad_input, None, None, None, None, grad_bias
+    return grad_input, *[None for _ in weight], grad_bias
 
 
-torch.library.register_autograd("marlin::gemm", _gemm_backward, setup_context=_gemm_setup_context)
+def _gemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad, torch.ops.marlin.dequantize)
+
+
+def _gemm_24_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad, torch.ops.marlin.dequantize_24)
+
+
+for _op, _backward in (("gemm", _gemm_backward), ("gemm_24", _gemm_24_backward)):
+    torch.library.register_autograd(f"marlin::{_op}", _backward, setup_context=_gemm_setup_context)

@@ -78,3 +78,19 @@ def make_weight(
 def make_input(m: int, k: int, *, dtype: torch.dtype, device: str = "cpu", seed: int = 1) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(m, k, generator=g).to(dtype).to(device)
+
+
+def random_24(n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Integers, and a mask that keeps none, one or two of every four."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=g)
+    rank = torch.rand(n, k // 4, 4, generator=g).argsort(-1).argsort(-1)
+    kept = torch.randint(0, 3, (n, k // 4, 1), generator=g)
+    return q, (rank < kept).view(n, k)
+
+
+def stored(mask: Tensor) -> Tensor:
+    """bool [N, K]: which weights are stored."""
+    n, k = mask.shape
+    out = torch.zeros(n, k // 4, 4, dtype=torch.bool)
+    return out.scatter(2, reference.stored_places(mask), True).view(n, k)

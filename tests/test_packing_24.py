@@ -7,27 +7,10 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operands import DTYPES, GROUP_SIZES, groups_of
-from torch import Tensor
+from operands import DTYPES, GROUP_SIZES, groups_of, random_24, stored
 
 ops = torch.ops.marlin
 SHAPES = [(64, 128), (1, 4), (72, 200), (200, 72), (129, 332), (576, 1856), (64, 4640)]
-
-
-def random_24(n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Integers, and a mask that keeps none, one or two of every four."""
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=g)
-    rank = torch.rand(n, k // 4, 4, generator=g).argsort(-1).argsort(-1)
-    kept = torch.randint(0, 3, (n, k // 4, 1), generator=g)
-    return q, (rank < kept).view(n, k)
-
-
-def stored(mask: Tensor) -> Tensor:
-    """bool [N, K]: which weights are stored."""
-    n, k = mask.shape
-    out = torch.zeros(n, k // 4, 4, dtype=torch.bool)
-    return out.scatter(2, reference.stored_places(mask), True).view(n, k)
 
 
 def test_pack_and_unpack(device: str) -> None:

@@ -1,6 +1,7 @@
 // The GEMM on the CPU: what a machine without a GPU runs. A thread takes 64 output features and
 // goes along k in blocks of 64: it expands a packed block to fp32 once (16 KB, in L1) and multiplies
-// it with every token, four at a time. Sums are fp32, in the order of k, so the same input gives the
+// it with every token, four at a time. A 2:4 sparse block becomes two such blocks, mostly zeros: right
+// rather than fast. Sums are fp32, in the order of k, so the same input gives the
 // same bits whatever the number of threads.
 #include <algorithm>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "cpu/half.h"
 #include "layout/convert.h"
 #include "layout/packed.h"
+#include "layout/sparse.h"
 
 // The compiler makes a version of a function for each of these and the loader picks one, so that a
 // portable build still uses AVX2 or AVX-512. By processor names: GCC 11 has no dispatcher for levels
@@ -34,10 +36,12 @@ struct ExpandedBlock {
   alignas(64) float weight[kBlock][kBlock];  // [column][row]: 64 output features side by side
 };
 
-// Of a block's rows, for its two halves of 32 columns (the shortest group).
+// Of a block's rows, for its four quarters. The shortest group has 32 columns, two quarters; of a sparse
+// block, which stands for twice as many, one.
+constexpr int kQuarter = kBlock / 4;
 struct GroupConstants {
-  alignas(64) float scale[2][kBlock];
-  alignas(64) float zero[2][kBlock];
+  alignas(64) float scale[4][kBlock];
+  alignas(64) float zero[4][kBlock];
 };
 
 [[gnu::always_inline]] inline const Floats& lanes(const float* at) {
@@ -62,12 +66,25 @@ MARLIN_CLONES void expand(const int32_t* packed, const GroupConstants& group, Ex
         words = words >> layout::kRotation | words << (32 - layout::kRotation);
         for (int i = 0; i < layout::kNibblesPerWord; ++i) {
           const layout::Position first = layout::position_of({32 * warp + t, step, i});
-          const int half = first.col / 32;
+          const int quarter = first.col / kQuarter;
           const Floats q = __builtin_convertvector(words >> 4 * i & 15, Floats);
-          lanes(out.weight[first.col] + first.row) =
-              (q - lanes(group.zero[half] + first.row)) * lanes(group.scale[half] + first.row);
+          lanes(out.weight[first.col] + first.row) = (q - lanes(group.zero[quarter] + first.row)) *
+                                                     lanes(group.scale[quarter] + first.row);
         }
       }
+    }
+  }
+}
+
+// The survivors of a sparse block at their places among its 128 columns.
+void spread(const int32_t* meta, const ExpandedBlock& survivors, ExpandedBlock (&out)[2]) {
+  for (ExpandedBlock& half : out) std::fill_n(&half.weight[0][0], kBlock * kBlock, 0.f);
+  for (int quad = 0; quad < layout::kQuads; ++quad) {
+    for (int row = 0; row < kBlock; ++row) {
+      const layout::Places places = layout::packed_places(meta, 1, row, quad);
+      float(*to)[kBlock] = out[quad * 4 / kBlock].weight + quad * 4 % kBlock;
+      to[places.first][row] = survivors.weight[2 * quad][row];
+      to[places.second][row] = survivors.weight[2 * quad + 1][row];
     }
   }
 }
@@ -109,6 +126,8 @@ MARLIN_CLONES void multiply(const ExpandedBlock& block, const float* input, int6
   }
 }
 
+int columns_of_block(const Gemm& args) { return args.meta ? layout::kSparseColumns : kBlock; }
+
 // The input as fp32, in the packed order, rows padded with zeros to whole blocks.
 template <DType kType>
 std::vector<float> expanded_input(const Gemm& args, int64_t k_padded,
@@ -136,28 +155,39 @@ class RowTile {
   void compute(int64_t n_block) {
     auto* sums = reinterpret_cast<float(*)[kBlock]>(sums_.data());
     std::fill(sums_.begin(), sums_.end(), Sums{});
-    const int64_t k_blocks = k_padded_ / kBlock;
+    const int columns = columns_of_block(args_);
+    const int64_t k_blocks = k_padded_ / columns;
     for (int64_t k_block = 0; k_block < k_blocks; ++k_block) {
-      load_groups(n_block, k_block);
+      const float* input = input_ + k_block * columns;
+      load_groups(n_block, k_block * columns, columns / 4);
       expand(args_.qweight + layout::word_index(n_block, k_block, k_blocks, 0, 0), group_, block_);
-      multiply(block_, input_ + k_block * kBlock, k_padded_, args_.m, sums);
+      if (!args_.meta) {
+        multiply(block_, input, k_padded_, args_.m, sums);
+        continue;
+      }
+      spread(args_.meta + (n_block * k_blocks + k_block) * layout::kMetaWordsPerBlock, block_,
+             halves_);
+      for (int half = 0; half < 2; ++half) {
+        multiply(halves_[half], input + half * kBlock, k_padded_, args_.m, sums);
+      }
     }
     store(n_block, sums);
   }
 
  private:
-  void load_groups(int64_t n_block, int64_t k_block) {
+  // From column `first` on, four times `columns` of them.
+  void load_groups(int64_t n_block, int64_t first, int columns) {
     const auto* scales = static_cast<const uint16_t*>(args_.scales);
     const int64_t last_group = (args_.k - 1) / args_.group_size;
-    for (int half = 0; half < 2; ++half) {
-      const int64_t column = k_block * kBlock + half * 32;
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const int64_t column = first + quarter * columns;
       const int64_t group = std::min(column / args_.group_size, last_group);
       for (int row = 0; row < kBlock; ++row) {
         const int64_t feature = n_block * kBlock + row;
         const bool valid = feature < args_.n;
         const int64_t at = group * args_.n + feature;
-        group_.scale[half][row] = valid ? to_float<kType>(scales[at]) : 0.f;
-        group_.zero[half][row] =
+        group_.scale[quarter][row] = valid ? to_float<kType>(scales[at]) : 0.f;
+        group_.zero[quarter][row] =
             static_cast<float>(valid && args_.zeros ? args_.zeros[at] : layout::kSymmetricZero);
       }
     }
@@ -183,7 +213,7 @@ class RowTile {
     float of_row[kBlock] = {};
   };
   std::vector<Sums> sums_;  // of every token
-  ExpandedBlock block_;
+  ExpandedBlock block_, halves_[2];
   GroupConstants group_;
 };
 
@@ -191,7 +221,8 @@ class RowTile {
 
 void gemm(const Gemm& args, const ParallelFor& parallel_for) {
   if (args.m == 0 || args.n == 0) return;
-  const int64_t k_padded = layout::ceil_div(args.k, kBlock) * kBlock;
+  const int64_t k_padded =
+      layout::ceil_div(args.k, columns_of_block(args)) * columns_of_block(args);
   dispatch(args.dtype, [&]<DType kType>() {
     const auto input = expanded_input<kType>(args, k_padded, parallel_for);
     parallel_for(layout::ceil_div(args.n, kBlock), 1, [&](int64_t begin, int64_t end) {

@@ -8,31 +8,29 @@
 namespace marlin::ops {
 namespace {
 
-constexpr const char* kOp = "gemm";
-
-void check_input(const Tensor& input, const Tensor& qweight, const Tensor& scales) {
+void check_input(const char* op, const Tensor& input, const Tensor& qweight, const Tensor& scales) {
   MARLIN_CHECK(
       input.scalar_type() == ScalarType::Half || input.scalar_type() == ScalarType::BFloat16,
-      "marlin::gemm: input must be float16 or bfloat16, got ", name_of(input.scalar_type()),
+      "marlin::", op, ": input must be float16 or bfloat16, got ", name_of(input.scalar_type()),
       "; cast it, e.g. input.to(scales.dtype)");
-  MARLIN_CHECK(input.dim() >= 1,
-               "marlin::gemm: input must have shape [..., K], got a tensor without dimensions");
-  MARLIN_CHECK(scales.scalar_type() == input.scalar_type(), "marlin::gemm: scales must have ",
+  MARLIN_CHECK(input.dim() >= 1, "marlin::", op,
+               ": input must have shape [..., K], got a tensor without dimensions");
+  MARLIN_CHECK(scales.scalar_type() == input.scalar_type(), "marlin::", op, ": scales must have ",
                "the dtype of input, ", name_of(input.scalar_type()), ", got ",
                name_of(scales.scalar_type()));
-  check_same_device(kOp, "input", input, "qweight", qweight);
+  check_same_device(op, "input", input, "qweight", qweight);
   const int64_t last = input.dim() - 1;
-  MARLIN_CHECK(input.size(last) <= 1 || input.stride(last) == 1,
-               "marlin::gemm: input must have stride 1 along its last dimension, got ",
-               input.stride(last), "; call input.contiguous()");
+  MARLIN_CHECK(input.size(last) <= 1 || input.stride(last) == 1, "marlin::", op,
+               ": input must have stride 1 along its last dimension, got ", input.stride(last),
+               "; call input.contiguous()");
 }
 
-void check_bias(const Tensor& bias, const Tensor& input, int64_t n) {
-  check_dtype(kOp, "bias", bias, input.scalar_type());
-  MARLIN_CHECK(bias.dim() == 1 && bias.size(0) == n, "marlin::gemm: bias must have shape [N] = [",
-               n, "], got ", shape_of(bias));
-  check_contiguous(kOp, "bias", bias);
-  check_same_device(kOp, "bias", bias, "input", input);
+void check_bias(const char* op, const Tensor& bias, const Tensor& input, int64_t n) {
+  check_dtype(op, "bias", bias, input.scalar_type());
+  MARLIN_CHECK(bias.dim() == 1 && bias.size(0) == n, "marlin::", op,
+               ": bias must have shape [N] = [", n, "], got ", shape_of(bias));
+  check_contiguous(op, "bias", bias);
+  check_same_device(op, "bias", bias, "input", input);
 }
 
 // The distance between the rows of `input` seen as [m, k], or -1 where there is no such view.
@@ -51,16 +49,22 @@ int64_t row_stride(const Tensor& input) {
   return stride == -1 ? input.size(last) : stride;
 }
 
-Gemm arguments(const Tensor& input, const Tensor& qweight, const Tensor& scales,
-               const OptionalTensor& zeros, const OptionalTensor& perm, const OptionalTensor& bias,
+// A weight's tensors; `meta` of a 2:4 sparse one.
+struct Weight {
+  const Tensor &qweight, &scales;
+  const OptionalTensor &meta, &zeros, &perm;
+};
+
+Gemm arguments(const Tensor& input, const Weight& weight, const OptionalTensor& bias,
                const WeightShape& w) {
   Gemm args;
   args.input = input.data_ptr();
   args.input_stride = row_stride(input);
-  args.qweight = static_cast<const int32_t*>(qweight.data_ptr());
-  args.scales = scales.data_ptr();
-  args.zeros = data_or_null<uint8_t>(zeros);
-  args.perm = data_or_null<int32_t>(perm);
+  args.qweight = static_cast<const int32_t*>(weight.qweight.data_ptr());
+  args.meta = data_or_null<int32_t>(weight.meta);
+  args.scales = weight.scales.data_ptr();
+  args.zeros = data_or_null<uint8_t>(weight.zeros);
+  args.perm = data_or_null<int32_t>(weight.perm);
   args.bias = data_or_null<void>(bias);
   args.m = input.numel() / w.k;
   args.n = w.n;
@@ -70,17 +74,17 @@ Gemm arguments(const Tensor& input, const Tensor& qweight, const Tensor& scales,
   return args;
 }
 
-}  // namespace
-
-Tensor gemm(Tensor input, Tensor qweight, Tensor scales, OptionalTensor zeros, OptionalTensor perm,
-            OptionalTensor bias, bool static_weights) {
-  check_input(input, qweight, scales);
+Tensor multiply(const char* op, const Tensor& input, const Weight& weight,
+                const OptionalTensor& bias, bool static_weights) {
+  const auto& [qweight, scales, meta, zeros, perm] = weight;
+  check_input(op, input, qweight, scales);
   const int64_t last = input.dim() - 1;
-  const WeightShape w = check_weight(kOp, qweight, scales, zeros, perm, input.size(last));
-  if (bias) check_bias(*bias, input, w.n);
-  check_range_on_cpu(kOp, perm, w.k);
-  MARLIN_CHECK(input.numel() / w.k < std::numeric_limits<int32_t>::max(),
-               "marlin::gemm: input has ", input.numel() / w.k, " rows; at most 2^31 - 2");
+  const WeightShape w =
+      check_weight(op, qweight, scales, zeros, perm, input.size(last), meta.has_value());
+  if (bias) check_bias(op, *bias, input, w.n);
+  check_range_on_cpu(op, perm, w.k);
+  MARLIN_CHECK(input.numel() / w.k < std::numeric_limits<int32_t>::max(), "marlin::", op,
+               ": input has ", input.numel() / w.k, " rows; at most 2^31 - 2");
 
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes[last] = w.n;
@@ -88,7 +92,7 @@ Tensor gemm(Tensor input, Tensor qweight, Tensor scales, OptionalTensor zeros, O
   if (output.numel() == 0) return output;
 
   const Tensor rows = row_stride(input) < 0 ? torch::stable::contiguous(input) : input;
-  Gemm args = arguments(rows, qweight, scales, zeros, perm, bias, w);
+  Gemm args = arguments(rows, weight, bias, w);
   args.output = output.data_ptr();
   args.static_weights = static_weights;
   run_where(
@@ -100,6 +104,26 @@ Tensor gemm(Tensor input, Tensor qweight, Tensor scales, OptionalTensor zeros, O
         cuda::gemm(args, workspace.data_ptr(), stream);
       });
   return output;
+}
+
+}  // namespace
+
+Tensor gemm(Tensor input, Tensor qweight, Tensor scales, OptionalTensor zeros, OptionalTensor perm,
+            OptionalTensor bias, bool static_weights) {
+  return multiply("gemm", input, {qweight, scales, std::nullopt, zeros, perm}, bias,
+                  static_weights);
+}
+
+Tensor gemm_24(Tensor input, Tensor qweight, Tensor meta, Tensor scales, OptionalTensor zeros,
+               OptionalTensor bias, bool static_weights) {
+  constexpr const char* kOp = "gemm_24";
+  check_packed(kOp, qweight, true);
+  check_meta(kOp, meta, qweight);
+  if (input.dim() >= 1) check_quads(kOp, "K of input", input.size(input.dim() - 1));
+  MARLIN_CHECK(!qweight.is_cuda(), "marlin::gemm_24: qweight is on ", device_of(qweight),
+               "; there are kernels for the CPU only so far; there, multiply by ",
+               "dequantize_24(qweight, meta, scales, zeros, k=K)");
+  return multiply(kOp, input, {qweight, scales, meta, zeros, std::nullopt}, bias, static_weights);
 }
 
 }  // namespace marlin::ops

@@ -9,6 +9,8 @@ namespace marlin::ops {
 
 Tensor gemm(Tensor input, Tensor qweight, Tensor scales, OptionalTensor zeros, OptionalTensor perm,
             OptionalTensor bias, bool static_weights);
+Tensor gemm_24(Tensor input, Tensor qweight, Tensor meta, Tensor scales, OptionalTensor zeros,
+               OptionalTensor bias, bool static_weights);
 Tensor pack(Tensor q);
 Tensor unpack(Tensor qweight, int64_t n, int64_t k);
 Tensor repack_gptq(Tensor qweight, OptionalTensor perm);

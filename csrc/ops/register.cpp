@@ -6,6 +6,9 @@ STABLE_TORCH_LIBRARY(marlin, m) {
   m.def(
       "gemm(Tensor input, Tensor qweight, Tensor scales, Tensor? zeros=None, Tensor? perm=None, "
       "Tensor? bias=None, *, bool static_weights=False) -> Tensor");
+  m.def(
+      "gemm_24(Tensor input, Tensor qweight, Tensor meta, Tensor scales, Tensor? zeros=None, "
+      "Tensor? bias=None, *, bool static_weights=False) -> Tensor");
   m.def("pack(Tensor q) -> Tensor");
   m.def("unpack(Tensor qweight, int n, int k) -> Tensor");
   m.def("repack_gptq(Tensor qweight, Tensor? perm=None) -> Tensor");
@@ -22,6 +25,7 @@ STABLE_TORCH_LIBRARY(marlin, m) {
 
 #define MARLIN_IMPLEMENT(m)                                    \
   m.impl("gemm", TORCH_BOX(&marlin::ops::gemm));               \
+  m.impl("gemm_24", TORCH_BOX(&marlin::ops::gemm_24));         \
   m.impl("pack", TORCH_BOX(&marlin::ops::pack));               \
   m.impl("unpack", TORCH_BOX(&marlin::ops::unpack));           \
   m.impl("repack_gptq", TORCH_BOX(&marlin::ops::repack_gptq)); \
