@@ -12,6 +12,7 @@ SHELL := /bin/bash
 TORCH ?= torch>=2.11
 NVCC ?= $(or $(shell command -v nvcc),$(or $(CUDA_HOME),/usr/local/cuda)/bin/nvcc)
 ARGS ?=
+TOOLS ?= memcheck racecheck synccheck initcheck
 
 ifdef PYTHON
   PY := $(shell command -v $(PYTHON))
@@ -46,10 +47,10 @@ test: build ## Python tests; those that need a GPU say so when skipped
 gpu-test: build ## only the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
 
-sanitize: build ## every kernel under compute-sanitizer (needs a GPU)
-	for tool in memcheck racecheck synccheck initcheck; do \
+sanitize: build ## every kernel under compute-sanitizer (needs a GPU); TOOLS=racecheck ARGS=hopper: a part
+	for tool in $(TOOLS); do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PY) tests/sanitizer_workload.py; done
+	    $(PY) tests/sanitizer_workload.py $(ARGS); done
 
 cpp-test: build ## C++ tests (needs GoogleTest: apt install libgtest-dev)
 	$(ENVIRONMENT) cmake -S . -B build/cmake -DMARLIN_BUILD_TESTS=ON

@@ -90,18 +90,24 @@ def pack() -> None:
     assert ops.dequantize_24(*sparse, w.scales, w.zeros, k=328).shape == (136, 328)
 
 
-def main() -> int:
-    """Runs all of it."""
+PARTS = {"pack": pack, "multiply": multiply, "hopper": multiply_on_hopper}
+
+
+def main(names: list[str]) -> int:
+    """Runs the parts named, or all."""
     if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
         print("set PYTORCH_NO_CUDA_MEMORY_CACHING=1 first")
         return 2
-    pack()
-    multiply()
-    multiply_on_hopper()
-    torch.cuda.synchronize()
-    print("sanitizer workload: done")
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        print(f"got {', '.join(unknown)}; the parts are {', '.join(PARTS)}; name none for all")
+        return 2
+    for name in names or PARTS:
+        PARTS[name]()
+        torch.cuda.synchronize()
+        print(f"sanitizer workload: {name} done", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
