@@ -184,6 +184,7 @@ def _gemm_output(
     *,
     sparse: bool = False,
 ) -> Tensor:
+    """What a gemm of these arguments returns, once they are checked."""
     _check(
         input.dtype in (torch.float16, torch.bfloat16),
         f"marlin::{op}: input must be float16 or bfloat16, got {_dtype(input)}; cast it, "

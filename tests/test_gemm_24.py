@@ -206,6 +206,37 @@ def test_wrong_argument(name: str, change: Callable[[Tensor], Tensor], pattern: 
     assert str(fake.value).splitlines()[0] == message
 
 
+def misaligned(t: Tensor) -> Tensor:
+    """The same values, starting 4 bytes past an aligned address."""
+    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+
+
+def falling_places(meta: Tensor) -> Tensor:
+    """Row 17's first quad with its places 2 and 1: thread 32 + 4 of the first block, word 0."""
+    bad = meta.clone()
+    bad[0, 0, 36 * 2] = bad[0, 0, 36 * 2] & ~0xF | 0b0110
+    return bad
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "pattern"),
+    [
+        ("qweight", misaligned, r"qweight must start at a 16-byte boundary; call qweight\.clone"),
+        (
+            "meta",
+            falling_places,
+            r"meta has the places 2, 1 for row 17, columns 0\.\.3; the first must be the smaller; "
+            r"make it with pack_24",
+        ),
+    ],
+    ids=["address", "places"],
+)
+def test_wrong_value(name: str, change: Callable[[Tensor], Tensor], pattern: str) -> None:
+    """Faults of values or addresses, which fake tensors do not have."""
+    with pytest.raises(RuntimeError, match=pattern):
+        ops.gemm_24(**(arguments() | {name: change(arguments()[name])}))
+
+
 @pytest.mark.gpu
 def test_cuda_is_refused_by_name() -> None:
     with pytest.raises(RuntimeError, match=r"qweight is on cuda:0; there are kernels for the CPU"):

@@ -63,6 +63,12 @@ int kernel_count() {
 // Calls `run` with the plan of the kernels that will do it.
 template <typename F>
 decltype(auto) with_plan(const Gemm& args, F&& run) {
+  if (args.meta) {  // else it would be multiplied as if it were dense
+    throw std::runtime_error(
+        "marlin::cuda::gemm: meta is given, but there are kernels for 2:4 sparse weights on the "
+        "CPU "
+        "only; multiply by what dequantize makes of the weight");
+  }
   plan::Problem problem{args.m, args.n, args.k, args.group_size, current_device()};
   if (const int sm_count = forced_sm_count) {
     problem.device.sm_count = sm_count;

@@ -53,6 +53,16 @@ MARLIN_HOST_DEVICE constexpr Places places_of(uint32_t nibble) {
   return {static_cast<int>(nibble & 3), static_cast<int>(nibble >> 2 & 3)};
 }
 
+// Whether the places of all eight nibbles of a word rise: by bits, since a layer has millions of them.
+MARLIN_HOST_DEVICE constexpr bool places_rise(uint32_t word) {
+  constexpr uint32_t kEach = 0x11111111u;  // a bit of every nibble: first | second << 2
+  const uint32_t first_low = word, first_high = word >> 1;
+  const uint32_t second_low = word >> 2, second_high = word >> 3;
+  const uint32_t equal_high = ~(first_high ^ second_high);
+  const uint32_t less = (~first_high & second_high) | (equal_high & ~first_low & second_low);
+  return (less & kEach) == kEach;
+}
+
 // Sizes of a sparse weight; `k` is a multiple of 4.
 struct SparseShape {
   int64_t n, k;
@@ -173,6 +183,18 @@ constexpr bool registers_hold_whole_quads() {
   return true;
 }
 
+constexpr bool rising_places_are_told() {
+  for (uint32_t nibble = 0; nibble < 16; ++nibble) {
+    const Places places = places_of(nibble);
+    for (int at = 0; at < 8; ++at) {  // the other seven rise: 0, 1
+      const uint32_t word = (0x44444444u & ~(0xfu << (4 * at))) | nibble << (4 * at);
+      if (places_rise(word) != (places.first < places.second)) return false;
+    }
+  }
+  return true;
+}
+
+static_assert(rising_places_are_told());
 static_assert(meta_cells_and_quads_are_inverse());
 static_assert(registers_hold_whole_quads());
 

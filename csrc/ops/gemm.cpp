@@ -83,6 +83,7 @@ Tensor multiply(const char* op, const Tensor& input, const Weight& weight,
       check_weight(op, qweight, scales, zeros, perm, input.size(last), meta.has_value());
   if (bias) check_bias(op, *bias, input, w.n);
   check_range_on_cpu(op, perm, w.k);
+  if (meta) check_places(op, *meta, w.n, w.k);  // on the CPU: gemm_24 refuses others
   MARLIN_CHECK(input.numel() / w.k < std::numeric_limits<int32_t>::max(), "marlin::", op,
                ": input has ", input.numel() / w.k, " rows; at most 2^31 - 2");
 

@@ -4,10 +4,10 @@
 //     sums[row, token] = sum over groups of scale[row, group] * sum_k (q - zero)[row, k] x[token, k]
 //
 // Roles: three producer warps fill two rings by bulk copies, one of weights as they lie with their
-// scales and zero points, one of activations; kRowTiles * kSplits consumer warpgroups convert and multiply, and take
-// turns at stages: stage i belongs to split i % kSplits. They leave their sums in shared memory and go
-// on with the next tile, while a finisher warp adds the splits in order and stores. Pairs of blocks
-// share a tile where the tiles do not go round (plan::DecodeShare).
+// scales and zero points, one of activations; kRowTiles * kSplits consumer warpgroups convert and
+// multiply, and take turns at stages: stage i belongs to split i % kSplits. They leave their sums in
+// shared memory and go on with the next tile, while a finisher warp adds the splits in order and
+// stores. Pairs of blocks share a tile where the tiles do not go round (plan::DecodeShare).
 //
 // Programmatic dependent launch: with `static_weights` the producers fill the ring with weights while
 // the previous kernel still runs; activations are read, and outputs written, only after it has

@@ -42,6 +42,7 @@ struct DecodeShape {
   static_assert(kStages <= plan::DecodeTile::kMostStages);
   static_assert(kInputStages <= plan::DecodeTile::kMostStages);
   static_assert(kPassTokens % 8 == 0);
+  static_assert(8 * (2 * kStages + 2 * kInputStages + 2 + kPasses) <= kTile.kBarrierBytes);
   static_assert(kRows <= 256 && kScaleBytes % 128 == 0);  // as tensor copies want it
 
   // Registers per thread: what a block's threads have at its launch, shared out anew among its roles.
