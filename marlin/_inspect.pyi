@@ -31,7 +31,9 @@ def kernel_attributes(id: int, *, bf16: bool = False) -> dict[str, int]:
     Asks the current CUDA device; raises ``RuntimeError`` without one, or for an unknown id.
     """
 
-def force_plan(id: int = -1, *, sms: int = 0, cluster: int = 0) -> None:
+def force_plan(
+    id: int = -1, *, sms: int = 0, cluster: int = 0, input_shares: int = 0
+) -> None:
     """For tests and benchmarks: until called again, every CUDA gemm that can runs kernel ``id``.
 
     -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as

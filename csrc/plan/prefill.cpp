@@ -34,9 +34,11 @@ double estimated_us(const PrefillPlan& plan) {
   const double per_piece = std::max(0.05 + 0.0011 * tile.tokens, 0.00148 * tile.tokens);
   const double per_stage = 0.08;
   const double sums = 0.008 * tile.tokens * tile.row_blocks;
-  const double finish = plan.cluster == 1 ? 0.5 : 1.5 + 0.2 * plan.cluster + sums;
-  const auto pieces = static_cast<double>(plan.pieces_per_cluster);
-  const auto tiles = static_cast<double>(ceil_div(plan.pieces_per_cluster, tile.row_blocks));
+  const int k_shares = plan.cluster / plan.input_shares;
+  const double finish = k_shares == 1 ? 0.5 : 1.5 + 0.2 * k_shares + sums;
+  const int64_t each = ceil_div(plan.pieces_per_cluster, plan.input_shares);
+  const auto pieces = static_cast<double>(each);
+  const auto tiles = static_cast<double>(ceil_div(each, tile.row_blocks));
   const double blocks = static_cast<double>(plan.stages_per_block) * tile.stage_blocks;
   return blocks * (pieces * per_piece + tiles * per_stage) + tiles * finish;
 }
@@ -61,7 +63,8 @@ std::string PrefillKernel::name() const {
          "_k" + std::to_string(tile.stage_k());
 }
 
-PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Problem& problem) {
+PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int input_shares,
+                              const Problem& problem) {
   PrefillPlan plan{};
   plan.kernel = kernel;
   plan.period = problem.group_size < 128 && problem.group_size < problem.k
@@ -70,14 +73,13 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Pr
   plan.row_blocks = static_cast<int>(ceil_div(problem.n, 64));
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   const int64_t stages = ceil_div(problem.k, kernel.tile.stage_k());
-  plan.cluster = cluster;
-  // Every block of a cluster must have a stage.
-  while (plan.cluster > 1 && (plan.cluster - 1) * ceil_div(stages, plan.cluster) >= stages) {
-    --plan.cluster;
-  }
-  plan.stages_per_block = static_cast<int>(ceil_div(stages, plan.cluster));
+  plan.input_shares = std::min(input_shares, plan.row_blocks);
+  int64_t k_shares = std::max(cluster / plan.input_shares, 1);
+  while (k_shares > 1 && (k_shares - 1) * ceil_div(stages, k_shares) >= stages) --k_shares;
+  plan.cluster = static_cast<int>(k_shares) * plan.input_shares;
+  plan.stages_per_block = static_cast<int>(ceil_div(stages, k_shares));
   const int64_t clusters = std::max(problem.device.clusters_of(plan.cluster), 1);
-  const int64_t rows = kernel.tile.row_blocks;
+  const int64_t rows = kernel.tile.row_blocks * plan.input_shares;  // row blocks of a cluster's tile
   plan.row_tiles = static_cast<int>(ceil_div(plan.row_blocks, rows));
   const int64_t clusters_each = clusters / plan.token_tiles;  // for one token tile
   const int64_t each = clusters_each ? ceil_div(plan.row_blocks, clusters_each) : plan.row_blocks;
@@ -101,7 +103,7 @@ std::optional<PrefillPlan> select_prefill(const Problem& problem) {
     if (!suits(kernel, problem.m)) continue;
     for (int cluster = 1; cluster <= Device::kLargestCluster; ++cluster) {
       if (problem.device.clusters_of(cluster) == 0) continue;
-      const PrefillPlan plan = prefill_plan_with(kernel, cluster, problem);
+      const PrefillPlan plan = prefill_plan_with(kernel, cluster, 1, problem);
       if (!best || estimated_us(plan) < estimated_us(*best)) best = plan;
     }
   }

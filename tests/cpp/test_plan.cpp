@@ -256,7 +256,7 @@ TEST(Plan, PrefillDoesEverythingOnce) {
     ASSERT_NO_FATAL_FAILURE(check_prefill(problem, *chosen));
     const auto& kernel = prefill_kernels()[random() % prefill_kernels().size()];
     const auto cluster = static_cast<int>(up_to(Device::kLargestCluster));
-    ASSERT_NO_FATAL_FAILURE(check_prefill(problem, prefill_plan_with(kernel, cluster, problem)));
+    ASSERT_NO_FATAL_FAILURE(check_prefill(problem, prefill_plan_with(kernel, cluster, 1, problem)));
   }
   EXPECT_FALSE(select_prefill({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
 }

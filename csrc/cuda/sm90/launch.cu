@@ -121,7 +121,8 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   const plan::PrefillTile& tile = plan.kernel.tile;
   PrefillParams<Element> p{};
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
-  describe(p, args, operands, tile.tokens, tile.rows(), tile.stage_blocks, plan.period);
+  describe(p, args, operands, tile.tokens / plan.input_shares, tile.rows(), tile.stage_blocks,
+           plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
   p.row_tiles = plan.row_tiles;
   p.token_tiles = plan.token_tiles;
@@ -130,7 +131,8 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   p.pieces_per_cluster = plan.pieces_per_cluster;
   p.stages = static_cast<int>(layout::ceil_div(args.k, int64_t{tile.stage_k()}));
   p.stages_per_block = plan.stages_per_block;
-  p.cluster = plan.cluster;
+  p.k_shares = plan.cluster / plan.input_shares;
+  p.input_shares = plan.input_shares;
   start(prefill_instance<Element>(plan.kernel.id, plan.period), p, plan.blocks, tile.threads(),
         tile.shared_bytes(), plan.cluster, stream);
 }
