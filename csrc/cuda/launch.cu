@@ -85,7 +85,7 @@ decltype(auto) with_plan(const Gemm& args, F&& run) {
       return run(plan::prefill_plan_with(plan::prefill_kernels()[prefill], cluster,
                                          std::max<int>(forced_input_shares, 1), problem));
     }
-    if (decode >= 0 && args.m <= plan::decode_kernels()[decode].tile.tokens) {
+    if (decode >= 0 && plan::decode_kernels()[decode].tile.holds(args.m)) {
       const plan::DecodeKernel& kernel = plan::decode_kernels()[decode];
       return run(plan::decode_plan_with(kernel, std::min(cluster, 2), problem));
     }

@@ -1,7 +1,8 @@
 // A consumer warpgroup of a decode kernel (decode.cuh): converts and multiplies.
 //
-// Weights go into the tensor core as exact integers, and a group's scale is applied in fp32 to the
-// group's sum.
+// With few tokens, weights go into the tensor core as exact integers, and a group's scale is applied in
+// fp32 to the group's sum: fewer instructions a weight. With many, the wait for the sum of every group
+// would cost more than scaling weights (34.5 us, and 29.8, at 8192 x 8192, M = 128, H200).
 #pragma once
 
 #include "cuda/element.cuh"
@@ -28,12 +29,16 @@ struct DecodeConsumer {
       end += work.stages();
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
+      if constexpr (S::kScalesWeights) {
+        next = multiply_scaled(next, end);
+      } else {
 #pragma unroll 1
-      for (; next < end; next += S::kSplits) {
-        place.wait();
-        multiply();
-        place.release();
-        place.advance();
+        for (; next < end; next += S::kSplits) {
+          place.wait();
+          multiply();
+          place.release();
+          place.advance();
+        }
       }
 #pragma unroll
       for (int pass = 0; pass < S::kPasses; ++pass) {
@@ -49,6 +54,51 @@ struct DecodeConsumer {
       }
     }
   }
+
+  // --- weights scaled in registers ----------------------------------------------------------------
+
+  // Stages `next`, next + kSplits, ... < end; returns the first that is not. Weights are rounded to the
+  // activations' type as `dequantize` rounds them. Multiplications of a stage are still under way while
+  // the next stage's weights are converted; then it is given back.
+  __device__ int multiply_scaled(int next, int end) {
+    constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / 16;
+    if (next >= end) return next;
+    uint32_t a[4][4];
+#pragma unroll 1
+    for (bool first = true; next < end; next += S::kSplits, first = false) {
+      place.wait();
+      const uint64_t b = place.input_descriptor();
+      uint4 words[S::kStageBlocks];
+#pragma unroll
+      for (int block = 0; block < S::kStageBlocks; ++block) words[block] = place.words(block);
+      uint32_t scale[S::kGroups][2], subtrahend[S::kGroups][2];
+#pragma unroll
+      for (int g = 0; g < S::kGroups; ++g) {
+        load_factor_pairs(scale[g], subtrahend[g], g);
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int g = step / kGroupSteps;
+        convert<Element>(a[step % 4], (&words[step / 4].x)[step % 4], subtrahend[g]);
+        multiply_pairs<Element>(a[step % 4], scale[g]);
+        ptx::wgmma_fence();
+        ptx::wgmma_m64k16<Element, kTokens>(sums, a[step % 4], input_of(b, step), true);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<3>();
+        if (step == 3 && !first) place.release_previous();
+      }
+      place.advance();
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      asm volatile("" : "+f"(sums[i])::"memory");  // not read before the wait
+    }
+    place.release_previous();
+    return next;
+  }
+
+  // --- exact integers, a group's sum scaled -------------------------------------------------------
 
   // One stage, in spans of columns whose multiplications are all under way before the first is waited
   // for: as many groups as there are registers for the sums of.
@@ -88,11 +138,8 @@ struct DecodeConsumer {
       }
       ptx::wgmma_fence();
 #pragma unroll
-      for (int i = batch; i < batch + kBatch; ++i) {  // 4 steps lie in 128 bytes
-        const int step = at + i;
-        ptx::wgmma_m64k16<Element, kTokens>(
-            partial[g], a[i], b + static_cast<uint64_t>(step / 4 * kTokens * 8 + step % 4 * 2),
-            i % kSteps > 0);
+      for (int i = batch; i < batch + kBatch; ++i) {
+        ptx::wgmma_m64k16<Element, kTokens>(partial[g], a[i], input_of(b, at + i), i % kSteps > 0);
       }
       ptx::wgmma_commit();
     }
@@ -107,12 +154,38 @@ struct DecodeConsumer {
     }
   }
 
+  // The activations of a step of 16 columns of the stage: 4 steps lie in 128 bytes, the next 4 behind
+  // those of all tokens that were copied (kept a constant where there is little to save).
+  __device__ uint64_t input_of(uint64_t stage, int step) const {
+    const int tokens = kTokens <= 32 ? kTokens : p.input_tokens;
+    return stage + static_cast<uint32_t>(step / 4 * tokens * 8) +
+           static_cast<uint32_t>(step % 4 * 2);
+  }
+
   // Of this thread's two rows, for a group of the stage.
   __device__ void load_factors(float (&scale)[2], uint32_t (&subtrahend)[2], int group) const {
     if (p.one_group) group = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       scale[i] = to_float(ptx::load_shared<Element>(place.scales(group) + 8 * i * 2));
+    }
+    load_subtrahends(subtrahend, group);
+  }
+
+  // The same, but scales in both halves of a register.
+  __device__ void load_factor_pairs(uint32_t (&scale)[2], uint32_t (&subtrahend)[2],
+                                    int group) const {
+    if (p.one_group) group = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scale[i] = ptx::load_shared<uint16_t>(place.scales(group) + 8 * i * 2) * 0x10001u;
+    }
+    load_subtrahends(subtrahend, group);
+  }
+
+  __device__ void load_subtrahends(uint32_t (&subtrahend)[2], int group) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
       subtrahend[i] = layout::subtrahend<Format>(layout::kSymmetricZero, i);
     }
     if (p.has_zeros) {

@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(S::kTile.threads(), 1)
     if (!p.static_weights) ptx::let_next_kernel_start();
     PrefillConsumer<Element, S>(p, shared, full, empty).run();
   }
-  if (p.input_shares > 1) ptx::cluster_sync();  // until here, others copy to and arrive at this block
+  if (p.input_shares > 1)
+    ptx::cluster_sync();  // until here, others copy to and arrive at this block
 #endif
 }
 

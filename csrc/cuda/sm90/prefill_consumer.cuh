@@ -161,12 +161,12 @@ struct PrefillConsumer {
       ptx::store_matrices_transposed(at + j * 8 * 128, pairs);
     }
     ptx::sync_warpgroup(warpgroup);
-    const int tokens = min(kTokens, p.m - tile.token());
-    for (int i = thread; i < tokens * 8; i += 128) {
+    const int first = tile.first_token(), tokens = min(kTokens, p.m - first);
+    for (int i = (tile.token() - first) * 8 + thread; i < tokens * 8; i += 128) {
       const int token = i / 8, chunk = i % 8;
       const auto value =
           *reinterpret_cast<const uint4*>(buffer + token * 128 + (chunk ^ token % 8) * 16);
-      store_chunk(value, tile.token() + token, row + chunk * 8);
+      store_chunk(value, first + token, row + chunk * 8);
     }
     ptx::sync_warpgroup(warpgroup);  // the next tile's outputs come to the same place
   }
@@ -202,10 +202,11 @@ struct PrefillConsumer {
     constexpr int kChunks = S::kRows / 8;
     const ClusterPlace place(p);
     const int share = (kTokens + p.k_shares - 1) / p.k_shares, first = place.k_rank() * share;
-    const int tokens = min(share, min(kTokens, p.m - tile.token()) - first);
+    const int first_token = tile.first_token(), begin = tile.token() - first_token;
+    const int tokens = min(share, min(kTokens, p.m - first_token) - first);
     for (int i = static_cast<int>(threadIdx.x); i < tokens * kChunks; i += S::kConsumers) {
       const int token = first + i / kChunks, chunk = i % kChunks;
-      if (chunk >= tile.pieces() * 8) continue;
+      if (token < begin || chunk >= tile.pieces() * 8) continue;
       const int row = tile.row_block() * 64 + chunk * 8;
       const uint32_t at = ptx::shared_address(shared) + (token * S::kSumStride + chunk * 8) * 4;
       float sum[8] = {};
@@ -217,7 +218,7 @@ struct PrefillConsumer {
         pairs[j] = round_pair<Element>(sum[2 * j] + bias_of(row + 2 * j),
                                        sum[2 * j + 1] + bias_of(row + 2 * j + 1));
       }
-      store_chunk(value, tile.token() + token, row);
+      store_chunk(value, first_token + token, row);
     }
   }
 

@@ -61,16 +61,17 @@ struct PrefillProducer {
   __device__ void copy_input(const Cursor& tile) {
     const ClusterPlace place = tile.place();
     const int part = S::kTokens / place.input_shares * place.row_rank();
-    const int token = tile.token() + part;
-    const auto blocks = static_cast<uint16_t>(((1 << place.input_shares) - 1)
-                                              << place.with_input(0));
+    const int bytes = p.input_tokens * place.input_shares * S::kTile.stage_k() * 2;
+    const int token = tile.first_token() + part;
+    const auto blocks =
+        static_cast<uint16_t>(((1 << place.input_shares) - 1) << place.with_input(0));
     int block = tile.first_stage() * S::kStageBlocks;
     const int last = block + tile.stages() * S::kStageBlocks;
 #pragma unroll 1
     for (; block < last; block += S::kStageBlocks) {
       ring.fill([&](int slot, uint32_t barrier) {
         const uint32_t to = shared + slot * S::kStageBytes + S::kInputAt;
-        ptx::mbarrier_arrive_expect(barrier, S::kTile.input_bytes());
+        ptx::mbarrier_arrive_expect(barrier, bytes);
         if (p.input_shares == 1) {
           ptx::tensor_copy(to, p.input, 0, token, block, barrier);
         } else {

@@ -9,8 +9,8 @@ namespace marlin::cuda::sm90 {
 
 template <typename Element>
 struct PrefillParams : LayerParams<Element> {
-  int period_log2;       // of the columns between scales: 5, 6 or 7
-  int groups_per_block;  // rows of scales from 64 columns of a stage to the next: 0 or 1
+  int period_log2;               // of the columns between scales: 5, 6 or 7
+  int groups_per_block;          // rows of scales from 64 columns of a stage to the next: 0 or 1
   int row_tiles, token_tiles;    // of a cluster
   int runs, pieces_per_cluster;  // of a token tile; row blocks of each. Or, where not 0:
   int token_group;               // clusters do whole tiles, in groups of so many token tiles
@@ -86,6 +86,9 @@ struct TileCursor {
   // Of the group of token tiles that a whole tile is in: its first, and how many it has.
   __device__ int group_first() const { return at / (p.token_group * p.row_tiles) * p.token_group; }
   __device__ int group_size() const { return min(p.token_group, p.token_tiles - group_first()); }
+  // What the tile holds: the last of several begins early enough to be full, and does some tokens that
+  // the one before it stores.
+  __device__ int first_token() const { return max(min(token(), p.m - S::kTokens), 0); }
   // Of the cluster's tile: the first row block, and how many there are.
   __device__ int cluster_row_block() const {
     if (!p.token_group) return at % p.n_blocks;
