@@ -42,8 +42,8 @@ def multiply() -> None:
     _inspect.force_plan()
 
 
-def hopper_cases() -> Iterator[tuple[dict[str, Any], int, int, int]]:
-    """Yields (kernel, cluster, multiprocessors, M): every Hopper kernel, alone and in clusters.
+def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
+    """Yields (kernel, partition, M): every Hopper kernel, alone and in clusters.
 
     Of its blocks, some do a part of a tile, some one, some many.
     """
@@ -51,10 +51,11 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], int, int, int]]:
         if kernel["family"] == "sm80":
             continue
         few = kernel["family"] == "sm90_decode"
-        for cluster in (1, 2) if few else (1, 2, 3):
+        for cluster, shares in ((1, 1), (2, 1)) if few else ((1, 1), (2, 1), (3, 1), (2, 2)):
             for sms in SMS:
-                for m in (1, kernel["tokens"] - 1) if few else (33, 300):
-                    yield kernel, cluster, sms, m
+                ms = (1, kernel["tokens"] - 1) if few else (33, 300)
+                for m in (*ms, 2 * kernel["tokens"] - 1) if few and kernel["any_m"] else ms:
+                    yield kernel, {"sms": sms, "cluster": cluster, "input_shares": shares}, m
 
 
 def multiply_on_hopper() -> None:
@@ -66,10 +67,10 @@ def multiply_on_hopper() -> None:
             1000, 700, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
         )
         dense = w.dense64()
-        for kernel, cluster, sms, m in hopper_cases():
-            _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
+        for kernel, partition, m in hopper_cases():
+            _inspect.force_plan(kernel["id"], **partition)
             x = make_input(m, 700, dtype=dtype, device="cuda")
-            rounded = kernel["family"] != "sm90_decode"
+            rounded = kernel["rounds_weights"]
             reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=rounded)
     _inspect.force_plan()
 

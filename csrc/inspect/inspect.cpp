@@ -18,9 +18,10 @@ namespace marlin::inspect {
 namespace {
 
 // The kernels of the three tables are numbered one after the other.
+// `any_m`: more tokens than a tile holds make several tiles. `rounds_weights`: to the activations' type.
 template <typename Kernel>
 py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int stages,
-                  int shared_bytes) {
+                  int shared_bytes, bool any_m, bool rounds_weights) {
   py::dict out;
   out["id"] = static_cast<int>(first_id) + kernel.id;
   out["name"] = kernel.name();
@@ -31,22 +32,26 @@ py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int
   out["stages"] = stages;
   out["threads"] = kernel.tile.threads();
   out["shared_bytes"] = shared_bytes;
+  out["any_m"] = any_m;
+  out["rounds_weights"] = rounds_weights;
   out["reason"] = kernel.reason;
   return out;
 }
 
 py::dict describe(const plan::Kernel& kernel) {
-  return describe(kernel, 0, kernel.family, kernel.tile.stages, kernel.tile.shared_bytes());
+  return describe(kernel, 0, kernel.family, kernel.tile.stages, kernel.tile.shared_bytes(), true,
+                  false);
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
   return describe(kernel, plan::kernels().size(), "sm90_decode", kernel.tile.stages(128),
-                  kernel.tile.shared_bytes(128));
+                  kernel.tile.shared_bytes(128), kernel.tile.many_token_tiles(),
+                  kernel.tile.scales_weights());
 }
 
 py::dict describe(const plan::PrefillKernel& kernel) {
   return describe(kernel, plan::kernels().size() + plan::decode_kernels().size(), "sm90_prefill",
-                  kernel.tile.stages(), kernel.tile.shared_bytes());
+                  kernel.tile.stages(), kernel.tile.shared_bytes(), true, true);
 }
 
 py::list plans() {
@@ -80,6 +85,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["cluster"] = decode->cluster;
     out["early_stages"] = decode->early_stages;
     out["row_tiles"] = decode->row_tiles;
+    out["token_tiles"] = decode->token_tiles;
     out["stages_per_tile"] = decode->stages;
     out["workspace_bytes"] = 0;
     return out;
