@@ -16,11 +16,23 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t kAny = int64_t{1} << 62;
 
-auto numbered_table() {
-  auto table = std::to_array<DecodeKernel>({
+auto dense_table() {
+  return std::to_array<DecodeKernel>({
 #include "plan/decode_table.inc"
   });
-  for (size_t i = 0; i < table.size(); ++i) table[i].id = static_cast<int>(i);
+}
+
+auto sparse_table() {
+  return std::to_array<DecodeKernel>({
+#include "plan/decode_24_table.inc"
+  });
+}
+
+auto numbered(auto table, bool sparse) {
+  for (size_t i = 0; i < table.size(); ++i) {
+    table[i].id = static_cast<int>(i);
+    table[i].tile.sparse = sparse;
+  }
   return table;
 }
 
@@ -41,14 +53,16 @@ int early_stages(const DecodePlan& plan) {
 
 }  // namespace
 
-std::span<const DecodeKernel> decode_kernels() {
-  static const auto table = numbered_table();
-  return table;
+std::span<const DecodeKernel> decode_kernels(bool sparse) {
+  static const auto dense = numbered(dense_table(), false);
+  static const auto sparse_24 = numbered(sparse_table(), true);
+  return sparse ? std::span<const DecodeKernel>(sparse_24) : dense;
 }
 
 std::string DecodeKernel::name() const {
-  return "sm90_decode_t" + std::to_string(tile.tokens) + "_r" + std::to_string(tile.rows()) + "_k" +
-         std::to_string(tile.stage_k()) + "_s" + std::to_string(tile.splits);
+  return (tile.sparse ? "sm90_decode_24_t" : "sm90_decode_t") + std::to_string(tile.tokens) + "_r" +
+         std::to_string(tile.rows()) + "_k" + std::to_string(tile.stage_k()) + "_s" +
+         std::to_string(tile.splits);
 }
 
 DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Problem& problem) {
@@ -69,7 +83,7 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
 
 std::optional<DecodePlan> select_decode(const Problem& problem) {
   if (!problem.device.wgmma) return std::nullopt;
-  for (const DecodeKernel& kernel : decode_kernels()) {
+  for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
     if (kernel.tile.tokens < problem.m) continue;
     if (problem.n > kernel.most_n && problem.n * problem.k > kernel.most_weights) continue;
     return decode_plan_with(kernel, 2, problem);

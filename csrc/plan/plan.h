@@ -31,6 +31,7 @@ struct Problem {
   int64_t m = 0, n = 0, k = 0;
   int64_t group_size = 0;
   Device device;
+  bool sparse = false;  // 2:4
 };
 
 struct Kernel {
