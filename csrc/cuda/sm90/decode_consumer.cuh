@@ -19,6 +19,17 @@ struct DecodeConsumer {
   DecodePlace<S> place;
   float sums[kTokens / 2];
 
+  struct Packed {  // of a block
+    uint4 words;
+    uint2 meta;  // of sparse weights
+  };
+
+  __device__ Packed load(int block) const {
+    Packed packed{place.words(block), {}};
+    if constexpr (S::kSparse) packed.meta = place.meta(block);
+    return packed;
+  }
+
   // This split's stages: every kSplits-th of all that the block does.
   __device__ void run() {
     const DecodeBarriers<S> barriers = place.barriers();
@@ -53,26 +64,29 @@ struct DecodeConsumer {
   // One stage, in spans of columns whose multiplications are all under way before the first is waited
   // for: as many groups as there are registers for the sums of.
   __device__ void multiply() {
-    constexpr int kSteps = S::kPeriod / 16;  // of 16 columns, between scales
-    // 128 columns, or 64 where two blocks share the registers; with many tokens, one group.
-    constexpr int kSpan = S::kBlocksPerSm == 1 ? 8 : 4;
+    constexpr int kBlocks = S::kStageBlocks % 2 == 0 ? 2 : 1;  // whose weights are loaded at a time
+    constexpr int kSteps = S::kPeriod / S::kStepColumns;       // between scales
+    // Two blocks, or one where two blocks of threads share the registers; with many tokens, one group.
+    constexpr int kSpan = S::kBlocksPerSm == 1 ? 4 * kBlocks : 4;
     constexpr int kRoom = kTokens == 16 && kSteps == 2 ? 32 : 64;  // with 64, a register spills
     constexpr int kFit = kTokens < kRoom ? kRoom / kTokens : 1, kWanted = kSpan / kSteps;
     constexpr int kGroups = kWanted < 1 ? 1 : kWanted < kFit ? kWanted : kFit;
     const uint64_t b = place.input_descriptor();
 #pragma unroll
-    for (int half = 0; half < S::kStageBlocks / 2; ++half) {  // 128 columns
-      const uint4 words[2] = {place.words(half * 2), place.words(half * 2 + 1)};
+    for (int block = 0; block < S::kStageBlocks; block += kBlocks) {
+      Packed packed[kBlocks];
 #pragma unroll
-      for (int first = 0; first < 8; first += kSteps * kGroups) {
-        multiply_span<kSteps, kGroups>(words, b, half * 8 + first, first);
+      for (int i = 0; i < kBlocks; ++i) packed[i] = load(block + i);
+#pragma unroll
+      for (int first = 0; first < 4 * kBlocks; first += kSteps * kGroups) {
+        multiply_span<kSteps, kGroups>(packed, b, block * 4 + first, first);
       }
     }
   }
 
   // kGroups groups of kSteps steps each, from step `at` of the stage on.
-  template <int kSteps, int kGroups>
-  __device__ void multiply_span(const uint4 (&words)[2], uint64_t b, int at, int first) {
+  template <int kSteps, int kGroups, int kBlocks>
+  __device__ void multiply_span(const Packed (&packed)[kBlocks], uint64_t b, int at, int first) {
     constexpr int kMost = kTokens > 32 ? 2 : 4;  // fragments at a time; with more, registers spill
     constexpr int kBatch = kSteps < kMost ? kSteps : kMost;
     float scale[kGroups][2], partial[kGroups][kTokens / 2];
@@ -84,15 +98,13 @@ struct DecodeConsumer {
       const int g = batch / kSteps;
 #pragma unroll
       for (int i = batch; i < batch + kBatch; ++i) {
-        convert<Element>(a[i], (&words[(first + i) / 4].x)[(first + i) % 4], subtrahend[g]);
+        const uint4& words = packed[(first + i) / 4].words;
+        convert<Element>(a[i], (&words.x)[(first + i) % 4], subtrahend[g]);
       }
       ptx::wgmma_fence();
 #pragma unroll
-      for (int i = batch; i < batch + kBatch; ++i) {  // 4 steps lie in 128 bytes
-        const int step = at + i;
-        ptx::wgmma_m64k16<Element, kTokens>(
-            partial[g], a[i], b + static_cast<uint64_t>(step / 4 * kTokens * 8 + step % 4 * 2),
-            i % kSteps > 0);
+      for (int i = batch; i < batch + kBatch; ++i) {
+        multiply_step(partial[g], a[i], packed[(first + i) / 4].meta, b, at + i, i % kSteps > 0);
       }
       ptx::wgmma_commit();
     }
@@ -104,6 +116,21 @@ struct DecodeConsumer {
         asm volatile("" : "+f"(partial[g][i])::"memory");  // not read before the wait
         sums[i] = fmaf(partial[g][i], scale[g][i / 2 % 2], sums[i]);
       }
+    }
+  }
+
+  // Step `step` of the stage, whose activations begin at descriptor `b`.
+  __device__ static void multiply_step(float (&partial)[kTokens / 2], const uint32_t (&a)[4],
+                                       const uint2& meta, uint64_t b, int step, bool accumulate) {
+    constexpr int kStepsOfRow = 64 / S::kStepColumns;  // that lie in 128 bytes of a token
+    b += static_cast<uint64_t>(step / kStepsOfRow * kTokens * 8 +
+                               step % kStepsOfRow * S::kStepColumns / 8);
+    if constexpr (!S::kSparse) {
+      ptx::wgmma_m64k16<Element, kTokens>(partial, a, b, accumulate);
+    } else if (step % 4 < 2) {  // of a block; see layout::quad_position_of
+      ptx::wgmma_sparse_m64k32<Element, kTokens, 0>(partial, a, (&meta.x)[step % 2], b, accumulate);
+    } else {
+      ptx::wgmma_sparse_m64k32<Element, kTokens, 1>(partial, a, (&meta.x)[step % 2], b, accumulate);
     }
   }
 

@@ -28,23 +28,33 @@ struct DecodeProducer {
       const int32_t* from =
           p.qweight + layout::word_index(row_block, first_block, p.k_blocks, 0, 0);
       const int64_t to_next_row_block = int64_t{p.k_blocks} * layout::kWordsPerBlock;
+      [[maybe_unused]] const int32_t* meta =
+          p.meta + (int64_t{row_block} * p.k_blocks + first_block) * layout::kMetaWordsPerBlock;
+      [[maybe_unused]] const int64_t to_next_meta =
+          int64_t{p.k_blocks} * layout::kMetaWordsPerBlock;
       int blocks = min(work.stages() * S::kStageBlocks, p.k_blocks - first_block);
 #pragma unroll 1
       for (; blocks > 0; blocks -= S::kStageBlocks) {
         if (early-- == 0) ptx::wait_for_earlier_kernels();
         ring.fill([&](int slot, uint32_t barrier) {
-          const int bytes = min(S::kStageBlocks, blocks) * layout::kBytesPerBlock;
+          const int count = min(S::kStageBlocks, blocks);
+          const int bytes = count * layout::kBytesPerBlock, meta_bytes = count * S::kMetaBytes;
           const uint32_t to = shared + S::kWeightsAt + slot * S::kWeightBytes;
-          ptx::mbarrier_arrive_expect(barrier, row_blocks * bytes);
+          ptx::mbarrier_arrive_expect(barrier, row_blocks * (bytes + meta_bytes));
 #pragma unroll
           for (int r = 0; r < S::kRowTiles; ++r) {
             if (r < row_blocks) {
               ptx::bulk_copy(to + r * S::kRowTileBytes, from + r * to_next_row_block, bytes,
                              barrier);
+              if constexpr (S::kSparse) {
+                ptx::bulk_copy(to + r * S::kRowTileBytes + S::kMetaAt, meta + r * to_next_meta,
+                               meta_bytes, barrier);
+              }
             }
           }
         });
         from += S::kStageBlocks * layout::kWordsPerBlock;
+        meta += S::kStageBlocks * layout::kMetaWordsPerBlock;
       }
     }
   }
@@ -56,14 +66,15 @@ struct DecodeProducer {
     if (!p.static_weights) ptx::let_next_kernel_start();
 #pragma unroll 1
     for (; work.valid(); work.advance()) {
-      int block = work.first_stage() * S::kStageBlocks;
+      constexpr int kBoxes = S::kTile.stage_k() / 64;
+      int box = work.first_stage() * kBoxes;
 #pragma unroll 1
       for (int i = work.stages(); i > 0; --i) {
         ring.fill([&](int slot, uint32_t barrier) {
           ptx::mbarrier_arrive_expect(barrier, S::kInputBytes);
-          ptx::tensor_copy(shared + slot * S::kInputBytes, p.input, 0, 0, block, barrier);
+          ptx::tensor_copy(shared + slot * S::kInputBytes, p.input, 0, 0, box, barrier);
         });
-        block += S::kStageBlocks;
+        box += kBoxes;
       }
     }
   }

@@ -17,22 +17,22 @@ template <typename Element>
 constexpr MapType kMapType =
     std::is_same_v<Element, __half> ? MapType::kFloat16 : MapType::kBFloat16;
 
-// What kernels are told of a call whose tiles are `tokens` x `rows` and whose stages are of
-// `stage_blocks` x 64 columns, with scales every `period` of them.
+// What kernels are told of a call whose tiles are `tokens` x `rows` and whose stages are of `stage_k`
+// columns, with scales every `period` of them.
 template <typename Element>
 void describe(LayerParams<Element>& p, const Gemm& args, const Operands<Element>& operands,
-              int tokens, int rows, int stage_blocks, int period) {
+              int tokens, int rows, int stage_k, int period) {
   const auto m = static_cast<uint64_t>(args.m), n = static_cast<uint64_t>(args.n);
   const auto groups = static_cast<uint64_t>(operands.groups);
   const auto columns = static_cast<uint64_t>(operands.columns);
   const auto scale_stride = static_cast<uint64_t>(operands.scale_stride);
   const auto input_stride = static_cast<uint64_t>(operands.input_stride);
-  const int stage_groups = groups == 1 ? 1 : std::max(stage_blocks * 64 / period, 1);
+  const int stage_groups = groups == 1 ? 1 : std::max(stage_k / period, 1);
   const std::array<uint32_t, 2> scale_box{static_cast<uint32_t>(rows),
                                           static_cast<uint32_t>(stage_groups)};
   p.input = tensor_map(
       kMapType<Element>, operands.input, {{64, m, columns / 64}}, {{input_stride * 2, 128}},
-      {{64, static_cast<uint32_t>(tokens), static_cast<uint32_t>(stage_blocks)}}, true);
+      {{64, static_cast<uint32_t>(tokens), static_cast<uint32_t>(stage_k / 64)}}, true);
   p.scales = tensor_map(kMapType<Element>, operands.scales, {{n, groups}}, {{scale_stride * 2}},
                         scale_box, false);
   if (operands.zeros) {
@@ -40,12 +40,14 @@ void describe(LayerParams<Element>& p, const Gemm& args, const Operands<Element>
                          scale_box, false);
   }
   p.qweight = args.qweight;
+  p.meta = args.meta;
   p.bias = static_cast<const Element*>(args.bias);
   p.output = static_cast<Element*>(args.output);
   p.m = static_cast<int>(args.m);
   p.n = static_cast<int>(args.n);
   p.n_blocks = static_cast<int>(layout::ceil_div(args.n, layout::kBlock));
-  p.k_blocks = static_cast<int>(layout::ceil_div(args.k, layout::kBlock));
+  p.k_blocks = static_cast<int>(
+      layout::ceil_div(args.k, args.meta ? layout::kSparseColumns : layout::kBlock));
   p.has_zeros = operands.zeros != nullptr;
   p.one_group = groups == 1;
   // Copies of the scales that this call has queued are work of an earlier kernel.
@@ -107,12 +109,12 @@ void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cud
   const auto operands = prepare<Element>(args, scratch_of(args, plan), workspace, stream);
   const plan::DecodeTile& tile = plan.kernel.tile;
   DecodeParams<Element> p{};
-  describe(p, args, operands, tile.tokens, tile.rows(), tile.stage_blocks, plan.period);
+  describe(p, args, operands, tile.tokens, tile.rows(), tile.stage_k(), plan.period);
   p.deal = plan::DecodeDeal::of(plan.blocks, plan.cluster, plan.row_tiles);
   p.stages = plan.stages;
   p.early_stages = plan.early_stages;
-  start(decode_instance<Element>(plan.kernel.id, plan.period), p, plan.blocks, tile.threads(),
-        tile.shared_bytes(plan.period), plan.cluster, stream);
+  start(decode_instance<Element>(plan.kernel.id, tile.sparse, plan.period), p, plan.blocks,
+        tile.threads(), tile.shared_bytes(plan.period), plan.cluster, stream);
 }
 
 template <typename Element>
@@ -121,7 +123,7 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   const plan::PrefillTile& tile = plan.kernel.tile;
   PrefillParams<Element> p{};
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
-  describe(p, args, operands, tile.tokens, tile.rows(), tile.stage_blocks, plan.period);
+  describe(p, args, operands, tile.tokens, tile.rows(), tile.stage_k(), plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
   p.row_tiles = plan.row_tiles;
   p.token_tiles = plan.token_tiles;

@@ -17,6 +17,7 @@ struct LayerParams {
   Element* output;
   int m, n, n_blocks, k_blocks;
   bool has_zeros, one_group, static_weights;
+  const int32_t* meta;  // of 2:4 sparse weights
 };
 
 }  // namespace marlin::cuda::sm90
