@@ -20,7 +20,20 @@ struct Compiled {
   int shared_bytes, threads;
 };
 
-// The first table's kernels, then the decode kernels with scales every 128 columns, then the prefill kernels.
+#ifdef MARLIN_WITH_SM90
+// With scales every 128 columns.
+template <typename Element>
+void add_decode_kernels(std::vector<Compiled>& out, bool sparse) {
+  for (const plan::DecodeKernel& kernel : plan::decode_kernels(sparse)) {
+    const auto function = sm90::decode_instance<Element>(kernel.id, sparse, 128);
+    out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(128),
+                   kernel.tile.threads()});
+  }
+}
+#endif
+
+// The first table's kernels, then the decode kernels, the prefill kernels, and the decode kernels for 2:4
+// sparse weights.
 template <typename Element>
 std::vector<Compiled> compiled_kernels() {
   std::vector<Compiled> out;
@@ -30,16 +43,13 @@ std::vector<Compiled> compiled_kernels() {
                    kernel.tile.threads()});
   }
 #ifdef MARLIN_WITH_SM90
-  for (const plan::DecodeKernel& kernel : plan::decode_kernels()) {
-    const auto function = sm90::decode_instance<Element>(kernel.id, 128);
-    out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(128),
-                   kernel.tile.threads()});
-  }
+  add_decode_kernels<Element>(out, false);
   for (const plan::PrefillKernel& kernel : plan::prefill_kernels()) {
     const auto function = sm90::prefill_instance<Element>(kernel.id, 128);
     out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
                    kernel.tile.threads()});
   }
+  add_decode_kernels<Element>(out, true);
 #endif
   return out;
 }

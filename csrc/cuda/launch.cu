@@ -57,40 +57,50 @@ std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0;  /
 
 int kernel_count() {
   return static_cast<int>(plan::kernels().size() + plan::decode_kernels().size() +
-                          plan::prefill_kernels().size());
+                          plan::prefill_kernels().size() + plan::decode_kernels(true).size());
 }
 
 // Calls `run` with the plan of the kernels that will do it.
 template <typename F>
 decltype(auto) with_plan(const Gemm& args, F&& run) {
-  if (args.meta) {  // else it would be multiplied as if it were dense
-    throw std::runtime_error(
-        "marlin::cuda::gemm: meta is given, but there are kernels for 2:4 sparse weights on the "
-        "CPU "
-        "only; multiply by what dequantize makes of the weight");
-  }
-  plan::Problem problem{args.m, args.n, args.k, args.group_size, current_device()};
+  plan::Problem problem{args.m,          args.n,           args.k,
+                        args.group_size, current_device(), args.meta != nullptr};
   if (const int sm_count = forced_sm_count) {
     problem.device.sm_count = sm_count;
     problem.device.clusters = {};
   }
   const int forced = forced_kernel, cluster = std::max<int>(forced_cluster, 1);
-  const int decode = forced - static_cast<int>(plan::kernels().size());
-  const int prefill = decode - static_cast<int>(plan::decode_kernels().size());
-  if (forced >= 0 && decode < 0) return run(plan::plan_with(plan::kernels()[forced], problem));
+  const int first_decode = static_cast<int>(plan::kernels().size());
+  const int first_prefill = first_decode + static_cast<int>(plan::decode_kernels().size());
+  const int first_sparse = first_prefill + static_cast<int>(plan::prefill_kernels().size());
+  if (forced >= 0 && problem.sparse != (forced >= first_sparse)) {
+    throw std::runtime_error("marlin: kernel " + std::to_string(forced) +
+                             ", which force_plan names, is for " +
+                             (problem.sparse ? "dense" : "2:4 sparse") + " weights");
+  }
+  if (forced >= 0 && forced < first_decode) {
+    return run(plan::plan_with(plan::kernels()[forced], problem));
+  }
 #ifdef MARLIN_WITH_SM90
   if (problem.device.wgmma) {
-    if (prefill >= 0) {
-      return run(plan::prefill_plan_with(plan::prefill_kernels()[prefill], cluster, problem));
+    if (forced >= first_prefill && !problem.sparse) {
+      const plan::PrefillKernel& kernel = plan::prefill_kernels()[forced - first_prefill];
+      return run(plan::prefill_plan_with(kernel, cluster, problem));
     }
-    if (decode >= 0 && args.m <= plan::decode_kernels()[decode].tile.tokens) {
-      const plan::DecodeKernel& kernel = plan::decode_kernels()[decode];
-      return run(plan::decode_plan_with(kernel, std::min(cluster, 2), problem));
+    const auto decode_kernels = plan::decode_kernels(problem.sparse);
+    const int decode = forced - (problem.sparse ? first_sparse : first_decode);
+    if (decode >= 0 && args.m <= decode_kernels[decode].tile.tokens) {
+      return run(plan::decode_plan_with(decode_kernels[decode], std::min(cluster, 2), problem));
     }
     if (const auto chosen = plan::select_decode(problem)) return run(*chosen);
     if (const auto chosen = plan::select_prefill(problem)) return run(*chosen);
   }
 #endif
+  if (problem.sparse) {  // else it would be multiplied as if it were dense
+    throw std::runtime_error(
+        "marlin::cuda::gemm: there is no kernel yet for 2:4 sparse weights and " +
+        std::to_string(args.m) + " tokens on this device; multiply by what dequantize makes of it");
+  }
   return run(plan::select(problem));
 }
 

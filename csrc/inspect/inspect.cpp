@@ -17,14 +17,15 @@ namespace py = pybind11;
 namespace marlin::inspect {
 namespace {
 
-// The kernels of the three tables are numbered one after the other.
+// The kernels of the tables are numbered one after the other, those for 2:4 sparse weights last.
 template <typename Kernel>
 py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int stages,
-                  int shared_bytes) {
+                  int shared_bytes, bool sparse = false) {
   py::dict out;
   out["id"] = static_cast<int>(first_id) + kernel.id;
   out["name"] = kernel.name();
   out["family"] = family;
+  out["sparse"] = sparse;
   out["tokens"] = kernel.tile.tokens;
   out["rows"] = kernel.tile.rows();
   out["stage_k"] = kernel.tile.stage_k();
@@ -40,8 +41,12 @@ py::dict describe(const plan::Kernel& kernel) {
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
-  return describe(kernel, plan::kernels().size(), "sm90_decode", kernel.tile.stages(128),
-                  kernel.tile.shared_bytes(128));
+  size_t first_id = plan::kernels().size();
+  if (kernel.tile.sparse) {
+    first_id += plan::decode_kernels().size() + plan::prefill_kernels().size();
+  }
+  return describe(kernel, first_id, "sm90_decode", kernel.tile.stages(128),
+                  kernel.tile.shared_bytes(128), kernel.tile.sparse);
 }
 
 py::dict describe(const plan::PrefillKernel& kernel) {
@@ -54,10 +59,12 @@ py::list plans() {
   for (const plan::Kernel& kernel : plan::kernels()) out.append(describe(kernel));
   for (const plan::DecodeKernel& kernel : plan::decode_kernels()) out.append(describe(kernel));
   for (const plan::PrefillKernel& kernel : plan::prefill_kernels()) out.append(describe(kernel));
+  for (const plan::DecodeKernel& kernel : plan::decode_kernels(true)) out.append(describe(kernel));
   return out;
 }
 
-py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16, int sm, int sms) {
+py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16, int sm, int sms,
+                  bool sparse) {
   if (m < 1 || n < 1 || k < 1) throw py::value_error("plan_for: m, n and k must be at least 1");
   if (sms < 1) throw py::value_error("plan_for: sms (multiprocessors) must be at least 1");
   if (group_size != -1 && group_size != 32 && group_size != 64 && group_size != 128) {
@@ -65,7 +72,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
                           std::to_string(group_size));
   }
   const plan::Device device{sm, sms, plan::shared_bytes_of(sm), sm == 90};
-  const plan::Problem problem{m, n, k, group_size == -1 ? k : group_size, device};
+  const plan::Problem problem{m, n, k, group_size == -1 ? k : group_size, device, sparse};
   py::dict out;
   out["m"] = m;
   out["n"] = n;
@@ -74,6 +81,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
   out["dtype"] = bf16 ? "bfloat16" : "float16";  // makes no difference yet
   out["sm"] = sm;
   out["sms"] = sms;
+  out["sparse"] = sparse;
   if (const auto decode = plan::select_decode(problem)) {
     out["kernel"] = describe(decode->kernel);
     out["blocks"] = decode->blocks;
@@ -95,6 +103,10 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["stages_per_block"] = prefill->stages_per_block;
     out["workspace_bytes"] = 0;
     return out;
+  }
+  if (sparse) {
+    throw std::runtime_error("plan_for: no kernel yet for 2:4 sparse weights and " +
+                             std::to_string(m) + " tokens on this device");
   }
   const plan::Plan plan = plan::select(problem);
   const plan::Partition& part = plan.partition;
@@ -172,6 +184,7 @@ PYBIND11_MODULE(_inspect, m) {
   m.def("plans", &plans, "Every compiled GEMM kernel.");
   m.def("plan_for", &plan_for, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(),
         py::arg("group_size") = 128, py::arg("bf16") = false, py::arg("sm"), py::arg("sms"),
+        py::arg("sparse") = false,
         "The kernel and the partition chosen for a problem on a device.");
   m.def("build_info", &build_info, "Versions and settings of this build.");
   m.def("force_plan", &force_plan, py::arg("id") = -1, py::kw_only(), py::arg("sms") = 0,

@@ -66,6 +66,8 @@ void check_meta(const char* op, const Tensor& meta, const Tensor& qweight) {
                prefix(op, "meta"), "must have shape [", qweight.size(0), ", ", qweight.size(1),
                ", 256], as qweight, got ", shape_of(meta), "; make both with pack_24");
   check_contiguous(op, "meta", meta);
+  MARLIN_CHECK(reinterpret_cast<uintptr_t>(meta.data_ptr()) % 16 == 0, prefix(op, "meta"),
+               "must start at a 16-byte boundary; call meta.clone()");
   check_same_device(op, "meta", meta, "qweight", qweight);
 }
 
