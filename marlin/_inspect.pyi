@@ -12,14 +12,13 @@ def plan_for(
     *,
     group_size: int = 128,
     bf16: bool = False,
+    sparse: bool = False,
     sm: int,
     sms: int,
-    sparse: bool = False,
 ) -> dict[str, Any]:
     """The kernel and the partition chosen for a problem on a device.
 
-    ``sm`` is the compute capability times ten, ``sms`` the number of multiprocessors, ``sparse``
-    whether the weight is 2:4 sparse, for which only Hopper has kernels, for few tokens. How many
+    ``sm`` is the compute capability times ten, ``sms`` the number of multiprocessors. How many
     clusters of blocks fit is guessed from it; a call asks the device, and may differ. Raises
     ``ValueError`` for sizes below 1 or another group size, ``RuntimeError`` where no kernel runs.
     """

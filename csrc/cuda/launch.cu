@@ -74,9 +74,9 @@ decltype(auto) with_plan(const Gemm& args, F&& run) {
   const int first_prefill = first_decode + static_cast<int>(plan::decode_kernels().size());
   const int first_sparse = first_prefill + static_cast<int>(plan::prefill_kernels().size());
   if (forced >= 0 && problem.sparse != (forced >= first_sparse)) {
-    throw std::runtime_error("marlin: kernel " + std::to_string(forced) +
-                             ", which force_plan names, is for " +
-                             (problem.sparse ? "dense" : "2:4 sparse") + " weights");
+    throw std::runtime_error("marlin: force_plan: kernel " + std::to_string(forced) + " is for " +
+                             (problem.sparse ? "dense" : "2:4 sparse") + " weights, this one is " +
+                             (problem.sparse ? "2:4 sparse" : "dense"));
   }
   if (forced >= 0 && forced < first_decode) {
     return run(plan::plan_with(plan::kernels()[forced], problem));

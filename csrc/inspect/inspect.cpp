@@ -25,13 +25,13 @@ py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int
   out["id"] = static_cast<int>(first_id) + kernel.id;
   out["name"] = kernel.name();
   out["family"] = family;
-  out["sparse"] = sparse;
   out["tokens"] = kernel.tile.tokens;
   out["rows"] = kernel.tile.rows();
   out["stage_k"] = kernel.tile.stage_k();
   out["stages"] = stages;
   out["threads"] = kernel.tile.threads();
   out["shared_bytes"] = shared_bytes;
+  out["sparse"] = sparse;
   out["reason"] = kernel.reason;
   return out;
 }
@@ -41,12 +41,11 @@ py::dict describe(const plan::Kernel& kernel) {
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
-  size_t first_id = plan::kernels().size();
-  if (kernel.tile.sparse) {
-    first_id += plan::decode_kernels().size() + plan::prefill_kernels().size();
-  }
-  return describe(kernel, first_id, "sm90_decode", kernel.tile.stages(128),
-                  kernel.tile.shared_bytes(128), kernel.tile.sparse);
+  const bool sparse = kernel.tile.sparse;
+  const size_t dense_kernels = plan::decode_kernels().size() + plan::prefill_kernels().size();
+  return describe(kernel, plan::kernels().size() + (sparse ? dense_kernels : 0),
+                  sparse ? "sm90_decode_24" : "sm90_decode", kernel.tile.stages(128),
+                  kernel.tile.shared_bytes(128), sparse);
 }
 
 py::dict describe(const plan::PrefillKernel& kernel) {
@@ -63,13 +62,17 @@ py::list plans() {
   return out;
 }
 
-py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16, int sm, int sms,
-                  bool sparse) {
+py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16, bool sparse,
+                  int sm, int sms) {
   if (m < 1 || n < 1 || k < 1) throw py::value_error("plan_for: m, n and k must be at least 1");
   if (sms < 1) throw py::value_error("plan_for: sms (multiprocessors) must be at least 1");
   if (group_size != -1 && group_size != 32 && group_size != 64 && group_size != 128) {
     throw py::value_error("plan_for: group_size must be -1, 32, 64 or 128, got " +
                           std::to_string(group_size));
+  }
+  if (sparse && k % 4 != 0) {
+    throw py::value_error("plan_for: k of a 2:4 sparse weight must be a multiple of 4, got " +
+                          std::to_string(k));
   }
   const plan::Device device{sm, sms, plan::shared_bytes_of(sm), sm == 90};
   const plan::Problem problem{m, n, k, group_size == -1 ? k : group_size, device, sparse};
@@ -79,9 +82,9 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
   out["k"] = k;
   out["group_size"] = group_size;
   out["dtype"] = bf16 ? "bfloat16" : "float16";  // makes no difference yet
+  out["sparse"] = sparse;
   out["sm"] = sm;
   out["sms"] = sms;
-  out["sparse"] = sparse;
   if (const auto decode = plan::select_decode(problem)) {
     out["kernel"] = describe(decode->kernel);
     out["blocks"] = decode->blocks;
@@ -183,8 +186,8 @@ PYBIND11_MODULE(_inspect, m) {
   m.doc() = "What was built, and what the planner chooses.";
   m.def("plans", &plans, "Every compiled GEMM kernel.");
   m.def("plan_for", &plan_for, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(),
-        py::arg("group_size") = 128, py::arg("bf16") = false, py::arg("sm"), py::arg("sms"),
-        py::arg("sparse") = false,
+        py::arg("group_size") = 128, py::arg("bf16") = false, py::arg("sparse") = false,
+        py::arg("sm"), py::arg("sms"),
         "The kernel and the partition chosen for a problem on a device.");
   m.def("build_info", &build_info, "Versions and settings of this build.");
   m.def("force_plan", &force_plan, py::arg("id") = -1, py::kw_only(), py::arg("sms") = 0,

@@ -31,7 +31,7 @@ struct Problem {
   int64_t m = 0, n = 0, k = 0;
   int64_t group_size = 0;
   Device device;
-  bool sparse = false;  // 2:4
+  bool sparse = false;  // a 2:4 sparse weight
 };
 
 struct Kernel {
