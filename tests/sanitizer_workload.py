@@ -13,7 +13,7 @@ from typing import Any
 
 import reference
 import torch
-from operands import DTYPES, make_input, make_weight
+from operands import ALL_OPTIONS, DTYPES, make_input, make_weight, make_weight_24
 
 import marlin  # noqa: F401 - loads the ops
 from marlin import _inspect
@@ -50,7 +50,7 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], int, int, int]]:
     for kernel in _inspect.plans():
         if kernel["family"] == "sm80":
             continue
-        few = kernel["family"] == "sm90_decode"
+        few = kernel["family"] != "sm90_prefill"
         for cluster in (1, 2) if few else (1, 2, 3):
             for sms in SMS:
                 for m in (1, kernel["tokens"] - 1) if few else (33, 300):
@@ -62,14 +62,16 @@ def multiply_on_hopper() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         return
     for dtype, group_size, full in ((DTYPES[0], 128, False), (DTYPES[1], 32, True)):
-        w = make_weight(
-            1000, 700, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
-        )
-        dense = w.dense64()
+        weights = {}
+        for sparse, make in ((False, make_weight), (True, make_weight_24)):
+            options = ALL_OPTIONS[make] if full else {}
+            w = make(1000, 700, group_size, dtype=dtype, device="cuda", **options)
+            weights[sparse] = w, w.dense64()
         for kernel, cluster, sms, m in hopper_cases():
             _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
             x = make_input(m, 700, dtype=dtype, device="cuda")
-            rounded = kernel["family"] != "sm90_decode"
+            w, dense = weights[kernel["sparse"]]
+            rounded = kernel["family"] == "sm90_prefill"
             reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=rounded)
     _inspect.force_plan()
 

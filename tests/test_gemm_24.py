@@ -235,9 +235,3 @@ def test_wrong_value(name: str, change: Callable[[Tensor], Tensor], pattern: str
     """Faults of values or addresses, which fake tensors do not have."""
     with pytest.raises(RuntimeError, match=pattern):
         ops.gemm_24(**(arguments() | {name: change(arguments()[name])}))
-
-
-@pytest.mark.gpu
-def test_cuda_is_refused_by_name() -> None:
-    with pytest.raises(RuntimeError, match=r"qweight is on cuda:0; there are kernels for the CPU"):
-        ops.gemm_24(**{name: tensor.cuda() for name, tensor in arguments().items()})

@@ -112,6 +112,7 @@ TEST(Plan, PartitionDoesEverythingOnce) {
 // and the two blocks of a pair name the same tile as shared.
 void check_decode(const Problem& problem, const DecodePlan& plan) {
   const DecodeTile& tile = plan.kernel.tile;
+  ASSERT_EQ(tile.sparse, problem.sparse);
   ASSERT_GE(tile.tokens, problem.m);
   ASSERT_LT((plan.row_tiles - 1) * int64_t{tile.rows()}, problem.n);
   ASSERT_GE(plan.row_tiles * int64_t{tile.rows()}, problem.n);
@@ -153,11 +154,14 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
     Problem problem{up_to(narrow ? 128 : 64), up_to(narrow ? 16384 : 60000), up_to(30000), 128,
                     device_of(90, 132)};
     problem.device.wgmma = true;
+    problem.sparse = i % 3 == 0;
+    if (problem.sparse) problem.k = (problem.k + 3) / 4 * 4;
     if (i % 5 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
     const auto plan = select_decode(problem);
     ASSERT_TRUE(plan.has_value());
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, *plan));
-    const auto& kernel = decode_kernels()[random() % decode_kernels().size()];
+    const auto kernels = decode_kernels(problem.sparse);
+    const auto& kernel = kernels[random() % kernels.size()];
     problem.m = std::min<int64_t>(problem.m, kernel.tile.tokens);
     const auto cluster = static_cast<int>(up_to(2));
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, decode_plan_with(kernel, cluster, problem)));
@@ -186,8 +190,29 @@ TEST(Plan, DecodeAsksForFewWeightsEarlyWhereBlocksDoMuch) {
   EXPECT_EQ(tokens, tokens_ring);
 }
 
+std::vector<DecodeKernel> all_decode_kernels() {
+  std::vector<DecodeKernel> all;
+  for (const bool sparse : {false, true}) {
+    const auto kernels = decode_kernels(sparse);
+    all.insert(all.end(), kernels.begin(), kernels.end());
+  }
+  return all;
+}
+
+TEST(Plan, DecodeTablesAreNumberedAndNamed) {
+  std::map<std::string, int> names;
+  int next[2] = {};
+  for (const DecodeKernel& kernel : all_decode_kernels()) {
+    EXPECT_EQ(kernel.id, next[kernel.tile.sparse]++);
+    EXPECT_EQ(++names[kernel.name()], 1) << kernel.name() << " stands twice in the tables";
+    EXPECT_STRNE(kernel.reason, "");
+    EXPECT_LE(kernel.tile.threads(), 1024);
+  }
+}
+
 TEST(Plan, DecodeKernelsFitAsOftenAsTheySay) {
-  for (const DecodeKernel& kernel : decode_kernels()) {
+  for (const DecodeKernel& kernel : all_decode_kernels()) {
+    EXPECT_GE(kernel.tile.input_stages, 2 * kernel.tile.splits) << kernel.name();
     for (const int period : {32, 64, 128}) {
       EXPECT_LE(kernel.tile.shared_bytes(period) + DecodeTile::kReserved,
                 DecodeTile::kSharedBytes / kernel.tile.blocks_per_sm)
@@ -195,6 +220,28 @@ TEST(Plan, DecodeKernelsFitAsOftenAsTheySay) {
       EXPECT_GE(kernel.tile.stages(period), kernel.tile.splits) << kernel.name();
     }
   }
+}
+
+// 64 rows x 128 columns are 64 x 64 stored weights of 4 bits, and two places of 2 bits for every four
+// columns.
+TEST(Plan, SparseDecodeStagesHoldThreeBitsAColumn) {
+  for (const DecodeKernel& kernel : all_decode_kernels()) {
+    const DecodeTile& tile = kernel.tile;
+    const int bits = tile.sparse ? 3 : 4;
+    EXPECT_EQ(tile.stage_k(), (tile.sparse ? 128 : 64) * tile.stage_blocks) << kernel.name();
+    EXPECT_EQ(tile.weight_bytes() * 8, tile.rows() * tile.stage_k() * bits) << kernel.name();
+  }
+}
+
+TEST(Plan, SparseWeightsHaveNoPrefillKernelYet) {
+  Problem problem{129, 4096, 4096, 128, device_of(90, 132), true};
+  problem.device.wgmma = true;
+  EXPECT_FALSE(select_decode(problem).has_value());
+  EXPECT_FALSE(select_prefill(problem).has_value());
+  problem.m = 128;
+  EXPECT_TRUE(select_decode(problem).has_value());
+  problem.device.wgmma = false;
+  EXPECT_FALSE(select_decode(problem).has_value());
 }
 
 TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {
