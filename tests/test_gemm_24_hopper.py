@@ -207,7 +207,7 @@ def test_nothing_leaks_from_beside_the_input(kernel: dict[str, Any], dtype: torc
 def test_what_lies_in_shared_memory_does_not_matter(
     kernel: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Where a stage is not full, its weights and places are whatever was there before."""
+    """Where a stage is not full, its weights are whatever was there before."""
     bits = torch.int16
     dense = make_weight(8192, 2048, dtype=dtype, device="cuda")
     for pattern in (0, -1, 0x5555, 0x7C00, 0x7F80):

@@ -38,24 +38,34 @@ struct DecodeProducer {
         if (early-- == 0) ptx::wait_for_earlier_kernels();
         ring.fill([&](int slot, uint32_t barrier) {
           const int count = min(S::kStageBlocks, blocks);
-          const int bytes = count * layout::kBytesPerBlock, meta_bytes = count * S::kMetaBytes;
+          const int bytes = count * layout::kBytesPerBlock;
           const uint32_t to = shared + S::kWeightsAt + slot * S::kWeightBytes;
-          ptx::mbarrier_arrive_expect(barrier, row_blocks * (bytes + meta_bytes));
+          ptx::mbarrier_arrive_expect(barrier, row_blocks * bytes + S::kStageMetaBytes);
 #pragma unroll
           for (int r = 0; r < S::kRowTiles; ++r) {
             if (r < row_blocks) {
               ptx::bulk_copy(to + r * S::kRowTileBytes, from + r * to_next_row_block, bytes,
                              barrier);
-              if constexpr (S::kSparse) {
-                ptx::bulk_copy(to + r * S::kRowTileBytes + S::kMetaAt, meta + r * to_next_meta,
-                               meta_bytes, barrier);
-              }
+            }
+            if constexpr (S::kSparse) {
+              copy_meta(to + r * S::kRowTileBytes + S::kMetaAt,
+                        meta + min(r, row_blocks - 1) * to_next_meta, count, barrier);
             }
           }
         });
         from += S::kStageBlocks * layout::kWordsPerBlock;
         meta += S::kStageBlocks * layout::kMetaWordsPerBlock;
       }
+    }
+  }
+
+  // Of a row tile's stage that has `count` blocks. Where there is none, another's: what it picks from
+  // are zeros, or sums that nobody stores, but places that do not rise must not be given to wgmma.
+  __device__ static void copy_meta(uint32_t to, const int32_t* from, int count, uint32_t barrier) {
+    ptx::bulk_copy(to, from, count * S::kMetaBytes, barrier);
+#pragma unroll 1
+    for (int i = count; i < S::kStageBlocks; ++i) {
+      ptx::bulk_copy(to + i * S::kMetaBytes, from, S::kMetaBytes, barrier);
     }
   }
 

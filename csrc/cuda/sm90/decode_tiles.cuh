@@ -33,6 +33,7 @@ struct DecodeShape {
   static constexpr int kMetaBytes = kSparse ? layout::kMetaWordsPerBlock * 4 : 0;  // of a block
   static constexpr int kBlockBytes = layout::kBytesPerBlock + kMetaBytes;
   static constexpr int kMetaAt = kStageBlocks * layout::kBytesPerBlock;
+  static constexpr int kStageMetaBytes = kRowTiles * kStageBlocks * kMetaBytes;
   static constexpr int kRowTileBytes = kStageBlocks * kBlockBytes;
   static constexpr int kInputBytes = kTile.input_bytes(), kWeightBytes = kTile.weight_bytes();
   static_assert(kWeightBytes == kRowTiles * kRowTileBytes);
