@@ -15,7 +15,7 @@ struct LayerParams {
   const int32_t* qweight;
   const Element* bias;  // or null
   Element* output;
-  int m, n, n_blocks, k_blocks;
+  int m, n, n_blocks, k_blocks;  // blocks of weights
   bool has_zeros, one_group, static_weights;
   const int32_t* meta;  // of 2:4 sparse weights
 };
