@@ -16,19 +16,24 @@ namespace marlin::cuda {
 namespace {
 
 struct Compiled {
-  const void* function;
-  int shared_bytes, threads;
+  const void* function = nullptr;
+  int shared_bytes = 0, threads = 0;
 };
 
-// The first table's kernels, then the decode kernels with scales every 128 columns, then the prefill kernels.
+template <typename Element>
+Compiled compiled(const plan::Kernel& kernel) {
+  const auto function = sm80::instances<Element>(kernel.tile.sparse)[kernel.id].gemm;
+  return {reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
+          kernel.tile.threads()};
+}
+
+// In the order of their numbers: the sm80 kernels, the decode kernels with scales every 128 columns, the
+// prefill kernels, the sm80 kernels for 2:4 sparse weights. Those for Hopper are null in a build without
+// code for it.
 template <typename Element>
 std::vector<Compiled> compiled_kernels() {
   std::vector<Compiled> out;
-  for (const plan::Kernel& kernel : plan::kernels()) {
-    const auto function = sm80::instances<Element>()[kernel.id].gemm;
-    out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
-                   kernel.tile.threads()});
-  }
+  for (const plan::Kernel& kernel : plan::kernels()) out.push_back(compiled<Element>(kernel));
 #ifdef MARLIN_WITH_SM90
   for (const plan::DecodeKernel& kernel : plan::decode_kernels()) {
     const auto function = sm90::decode_instance<Element>(kernel.id, 128);
@@ -40,7 +45,12 @@ std::vector<Compiled> compiled_kernels() {
     out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
                    kernel.tile.threads()});
   }
+#else
+  out.resize(out.size() + plan::decode_kernels().size() + plan::prefill_kernels().size());
 #endif
+  for (const plan::Kernel& kernel : plan::sparse_kernels()) {
+    out.push_back(compiled<Element>(kernel));
+  }
   return out;
 }
 
@@ -55,6 +65,10 @@ KernelAttributes kernel_attributes(int id, DType dtype) {
                              std::to_string(kernels.size()));
   }
   const Compiled& kernel = kernels[id];
+  if (!kernel.function) {
+    throw std::runtime_error("marlin: kernel " + std::to_string(id) +
+                             " is for Hopper, and this build holds no code for it");
+  }
   cudaFuncAttributes a{};
   check(cudaFuncGetAttributes(&a, kernel.function), "cudaFuncGetAttributes");
   check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -57,19 +57,14 @@ std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0;  /
 
 int kernel_count() {
   return static_cast<int>(plan::kernels().size() + plan::decode_kernels().size() +
-                          plan::prefill_kernels().size());
+                          plan::prefill_kernels().size() + plan::sparse_kernels().size());
 }
 
 // Calls `run` with the plan of the kernels that will do it.
 template <typename F>
 decltype(auto) with_plan(const Gemm& args, F&& run) {
-  if (args.meta) {  // else it would be multiplied as if it were dense
-    throw std::runtime_error(
-        "marlin::cuda::gemm: meta is given, but there are kernels for 2:4 sparse weights on the "
-        "CPU "
-        "only; multiply by what dequantize makes of the weight");
-  }
-  plan::Problem problem{args.m, args.n, args.k, args.group_size, current_device()};
+  const bool sparse = args.meta != nullptr;
+  plan::Problem problem{args.m, args.n, args.k, args.group_size, current_device(), sparse};
   if (const int sm_count = forced_sm_count) {
     problem.device.sm_count = sm_count;
     problem.device.clusters = {};
@@ -77,6 +72,13 @@ decltype(auto) with_plan(const Gemm& args, F&& run) {
   const int forced = forced_kernel, cluster = std::max<int>(forced_cluster, 1);
   const int decode = forced - static_cast<int>(plan::kernels().size());
   const int prefill = decode - static_cast<int>(plan::decode_kernels().size());
+  const int sm80_24 = prefill - static_cast<int>(plan::prefill_kernels().size());
+  if (forced >= 0 && (sm80_24 >= 0) != sparse) {
+    throw std::runtime_error("marlin: force_plan: kernel " + std::to_string(forced) + " is for " +
+                             (sparse ? "dense" : "2:4 sparse") + " weights, this one is " +
+                             (sparse ? "2:4 sparse" : "dense"));
+  }
+  if (sm80_24 >= 0) return run(plan::plan_with(plan::sparse_kernels()[sm80_24], problem));
   if (forced >= 0 && decode < 0) return run(plan::plan_with(plan::kernels()[forced], problem));
 #ifdef MARLIN_WITH_SM90
   if (problem.device.wgmma) {
@@ -87,6 +89,7 @@ decltype(auto) with_plan(const Gemm& args, F&& run) {
       const plan::DecodeKernel& kernel = plan::decode_kernels()[decode];
       return run(plan::decode_plan_with(kernel, std::min(cluster, 2), problem));
     }
+    // None of these takes 2:4 sparse weights, so far.
     if (const auto chosen = plan::select_decode(problem)) return run(*chosen);
     if (const auto chosen = plan::select_prefill(problem)) return run(*chosen);
   }

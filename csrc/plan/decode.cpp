@@ -68,7 +68,7 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
 }
 
 std::optional<DecodePlan> select_decode(const Problem& problem) {
-  if (!problem.device.wgmma) return std::nullopt;
+  if (!problem.device.wgmma || problem.sparse) return std::nullopt;
   for (const DecodeKernel& kernel : decode_kernels()) {
     if (kernel.tile.tokens < problem.m) continue;
     if (problem.n > kernel.most_n && problem.n * problem.k > kernel.most_weights) continue;

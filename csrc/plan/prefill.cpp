@@ -95,7 +95,7 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Pr
 }
 
 std::optional<PrefillPlan> select_prefill(const Problem& problem) {
-  if (!problem.device.wgmma) return std::nullopt;
+  if (!problem.device.wgmma || problem.sparse) return std::nullopt;
   std::optional<PrefillPlan> best;
   for (const PrefillKernel& kernel : prefill_kernels()) {
     if (!suits(kernel, problem.m)) continue;
