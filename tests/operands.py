@@ -28,11 +28,13 @@ class Weight:
     def k(self) -> int:
         return self.q.size(1)
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the op takes after the input."""
+        return self.qweight, self.scales, self.zeros, self.perm, self.bias
+
     def gemm(self, x: Tensor, *, static_weights: bool = False) -> Tensor:
-        return torch.ops.marlin.gemm(
-            x, self.qweight, self.scales, self.zeros, self.perm, self.bias,
-            static_weights=static_weights,
-        )  # fmt: skip
+        return torch.ops.marlin.gemm(x, *self.tensors, static_weights=static_weights)
 
     def dense64(self) -> Tensor:
         return reference.dequantize64(self.qweight, self.scales, self.zeros, self.perm, self.k)
@@ -140,7 +142,8 @@ def make_weight_24(
         "bias": torch.randint(-8, 9, (n,), generator=g).to(dtype) if bias else None,
     }
     return Weight24(
-        dense, **{name: None if t is None else t.to(device) for name, t in tensors.items()}
+        dense,
+        **{name: None if t is None else t.to(device, copy=True) for name, t in tensors.items()},
     )
 
 
