@@ -28,11 +28,13 @@ class Weight:
     def k(self) -> int:
         return self.q.size(1)
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the op takes after the input."""
+        return self.qweight, self.scales, self.zeros, self.perm, self.bias
+
     def gemm(self, x: Tensor, *, static_weights: bool = False) -> Tensor:
-        return torch.ops.marlin.gemm(
-            x, self.qweight, self.scales, self.zeros, self.perm, self.bias,
-            static_weights=static_weights,
-        )  # fmt: skip
+        return torch.ops.marlin.gemm(x, *self.tensors, static_weights=static_weights)
 
     def dense64(self) -> Tensor:
         return reference.dequantize64(self.qweight, self.scales, self.zeros, self.perm, self.k)
@@ -79,9 +81,19 @@ def make_weight(
     )
 
 
-def make_input(m: int, k: int, *, dtype: torch.dtype, device: str = "cpu", seed: int = 1) -> Tensor:
+def make_input(
+    m: int,
+    k: int,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    integers: bool = False,
+    seed: int = 1,
+) -> Tensor:
+    """Random activations. ``integers``: of -2 to 2, for weights of the same option."""
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(m, k, generator=g).to(dtype).to(device)
+    x = torch.randint(-2, 3, (m, k), generator=g) if integers else torch.randn(m, k, generator=g)
+    return x.to(dtype).to(device)
 
 
 @dataclass
@@ -105,6 +117,10 @@ class Weight24:
 
     def dense64(self) -> Tensor:
         return self.dense.to(self.qweight.device)
+
+    def gemm64(self, x: Tensor) -> Tensor:
+        y = x.double() @ self.dense64().T
+        return y if self.bias is None else y + self.bias.double()
 
 
 def make_weight_24(
@@ -140,7 +156,8 @@ def make_weight_24(
         "bias": torch.randint(-8, 9, (n,), generator=g).to(dtype) if bias else None,
     }
     return Weight24(
-        dense, **{name: None if t is None else t.to(device) for name, t in tensors.items()}
+        dense,
+        **{name: None if t is None else t.to(device, copy=True) for name, t in tensors.items()},
     )
 
 

@@ -57,50 +57,61 @@ std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0;  /
 
 int kernel_count() {
   return static_cast<int>(plan::kernels().size() + plan::decode_kernels().size() +
-                          plan::prefill_kernels().size() + plan::decode_kernels(true).size());
+                          plan::prefill_kernels().size() + plan::sparse_kernels().size() +
+                          plan::decode_kernels(true).size());
 }
+
+// The kernel of a number: one of these, or none where it is -1. The kernels of the tables are numbered
+// one after the other, as `marlin._inspect.plans` lists them.
+struct NumberedKernel {
+  const plan::Kernel* sm80 = nullptr;
+  const plan::DecodeKernel* decode = nullptr;
+  const plan::PrefillKernel* prefill = nullptr;
+  bool sparse = false;
+
+  explicit NumberedKernel(int id) {
+    const auto look = [&id](auto& kernel, const auto& table) {
+      const int size = static_cast<int>(table.size());
+      if (id >= 0 && id < size) kernel = &table[id];
+      id -= size;
+      return id < 0;
+    };
+    if (look(sm80, plan::kernels()) || look(decode, plan::decode_kernels()) ||
+        look(prefill, plan::prefill_kernels())) {
+      return;
+    }
+    sparse = look(sm80, plan::sparse_kernels()) || look(decode, plan::decode_kernels(true));
+  }
+};
 
 // Calls `run` with the plan of the kernels that will do it.
 template <typename F>
 decltype(auto) with_plan(const Gemm& args, F&& run) {
-  plan::Problem problem{args.m,          args.n,           args.k,
-                        args.group_size, current_device(), args.meta != nullptr};
+  const bool sparse = args.meta != nullptr;
+  plan::Problem problem{args.m, args.n, args.k, args.group_size, current_device(), sparse};
   if (const int sm_count = forced_sm_count) {
     problem.device.sm_count = sm_count;
     problem.device.clusters = {};
   }
-  const int forced = forced_kernel, cluster = std::max<int>(forced_cluster, 1);
-  const int first_decode = static_cast<int>(plan::kernels().size());
-  const int first_prefill = first_decode + static_cast<int>(plan::decode_kernels().size());
-  const int first_sparse = first_prefill + static_cast<int>(plan::prefill_kernels().size());
-  if (forced >= 0 && problem.sparse != (forced >= first_sparse)) {
-    throw std::runtime_error("marlin: force_plan: kernel " + std::to_string(forced) + " is for " +
-                             (problem.sparse ? "dense" : "2:4 sparse") + " weights, this one is " +
-                             (problem.sparse ? "2:4 sparse" : "dense"));
+  const int number = forced_kernel;
+  const NumberedKernel forced(number);
+  if (number >= 0 && forced.sparse != sparse) {
+    throw std::runtime_error("marlin: force_plan: kernel " + std::to_string(number) + " is for " +
+                             (sparse ? "dense" : "2:4 sparse") + " weights, this one is " +
+                             (sparse ? "2:4 sparse" : "dense"));
   }
-  if (forced >= 0 && forced < first_decode) {
-    return run(plan::plan_with(plan::kernels()[forced], problem));
-  }
+  if (forced.sm80) return run(plan::plan_with(*forced.sm80, problem));
 #ifdef MARLIN_WITH_SM90
   if (problem.device.wgmma) {
-    if (forced >= first_prefill && !problem.sparse) {
-      const plan::PrefillKernel& kernel = plan::prefill_kernels()[forced - first_prefill];
-      return run(plan::prefill_plan_with(kernel, cluster, problem));
-    }
-    const auto decode_kernels = plan::decode_kernels(problem.sparse);
-    const int decode = forced - (problem.sparse ? first_sparse : first_decode);
-    if (decode >= 0 && args.m <= decode_kernels[decode].tile.tokens) {
-      return run(plan::decode_plan_with(decode_kernels[decode], std::min(cluster, 2), problem));
+    const int cluster = std::max<int>(forced_cluster, 1);
+    if (forced.prefill) return run(plan::prefill_plan_with(*forced.prefill, cluster, problem));
+    if (forced.decode && args.m <= forced.decode->tile.tokens) {
+      return run(plan::decode_plan_with(*forced.decode, std::min(cluster, 2), problem));
     }
     if (const auto chosen = plan::select_decode(problem)) return run(*chosen);
     if (const auto chosen = plan::select_prefill(problem)) return run(*chosen);
   }
 #endif
-  if (problem.sparse) {  // else it would be multiplied as if it were dense
-    throw std::runtime_error(
-        "marlin::cuda::gemm: there is no kernel yet for 2:4 sparse weights and " +
-        std::to_string(args.m) + " tokens on this device; multiply by what dequantize makes of it");
-  }
   return run(plan::select(problem));
 }
 

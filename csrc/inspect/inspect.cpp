@@ -37,13 +37,18 @@ py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int
 }
 
 py::dict describe(const plan::Kernel& kernel) {
-  return describe(kernel, 0, kernel.family, kernel.tile.stages, kernel.tile.shared_bytes());
+  const bool sparse = kernel.tile.sparse;
+  const size_t dense_kernels =
+      plan::kernels().size() + plan::decode_kernels().size() + plan::prefill_kernels().size();
+  return describe(kernel, sparse ? dense_kernels : 0, kernel.family, kernel.tile.stages,
+                  kernel.tile.shared_bytes(), sparse);
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
   const bool sparse = kernel.tile.sparse;
-  const size_t dense_kernels = plan::decode_kernels().size() + plan::prefill_kernels().size();
-  return describe(kernel, plan::kernels().size() + (sparse ? dense_kernels : 0),
+  const size_t between = plan::decode_kernels().size() + plan::prefill_kernels().size() +
+                         plan::sparse_kernels().size();
+  return describe(kernel, plan::kernels().size() + (sparse ? between : 0),
                   sparse ? "sm90_decode_24" : "sm90_decode", kernel.tile.stages(128),
                   kernel.tile.shared_bytes(128), sparse);
 }
@@ -58,6 +63,7 @@ py::list plans() {
   for (const plan::Kernel& kernel : plan::kernels()) out.append(describe(kernel));
   for (const plan::DecodeKernel& kernel : plan::decode_kernels()) out.append(describe(kernel));
   for (const plan::PrefillKernel& kernel : plan::prefill_kernels()) out.append(describe(kernel));
+  for (const plan::Kernel& kernel : plan::sparse_kernels()) out.append(describe(kernel));
   for (const plan::DecodeKernel& kernel : plan::decode_kernels(true)) out.append(describe(kernel));
   return out;
 }
@@ -106,10 +112,6 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["stages_per_block"] = prefill->stages_per_block;
     out["workspace_bytes"] = 0;
     return out;
-  }
-  if (sparse) {
-    throw std::runtime_error("plan_for: no kernel yet for 2:4 sparse weights and " +
-                             std::to_string(m) + " tokens on this device");
   }
   const plan::Plan plan = plan::select(problem);
   const plan::Partition& part = plan.partition;

@@ -35,14 +35,15 @@ struct Problem {
 };
 
 struct Kernel {
-  int id;  // its place in the table
+  int id;  // its place in its table
   const char* family;
   Tile tile;
   const char* reason;
   std::string name() const;
 };
 
-std::span<const Kernel> kernels();
+std::span<const Kernel> kernels();         // for dense weights
+std::span<const Kernel> sparse_kernels();  // for 2:4 sparse ones
 
 struct Plan {
   Kernel kernel;
@@ -53,7 +54,7 @@ struct Plan {
 // m, n, k >= 1. Throws std::runtime_error where no kernel can run on the device.
 Plan select(const Problem& problem);
 
-// The plan with a given kernel, for benchmarks that try every one.
+// The plan with a given kernel of the problem's kind, for benchmarks that try every one.
 Plan plan_with(const Kernel& kernel, const Problem& problem);
 
 }  // namespace marlin::plan

@@ -20,29 +20,64 @@ Device device_of(int sm, int sms) { return {sm, sms, shared_bytes_of(sm)}; }
 const std::vector<Device> kDevices = {device_of(80, 108), device_of(86, 84), device_of(89, 142),
                                       device_of(90, 132), device_of(120, 188)};
 
-TEST(Plan, TableIsNumberedAndNamed) {
+TEST(Plan, TablesAreNumberedAndNamed) {
   std::map<std::string, int> names;
-  int id = 0;
-  for (const Kernel& kernel : kernels()) {
-    EXPECT_EQ(kernel.id, id++);
-    EXPECT_EQ(++names[kernel.name()], 1) << kernel.name() << " stands twice in the table";
-    EXPECT_STRNE(kernel.reason, "");
-    EXPECT_LE(kernel.tile.threads(), 1024);
+  for (const bool sparse : {false, true}) {
+    int id = 0;
+    for (const Kernel& kernel : sparse ? sparse_kernels() : kernels()) {
+      EXPECT_EQ(kernel.id, id++);
+      EXPECT_EQ(kernel.tile.sparse, sparse);
+      EXPECT_EQ(++names[kernel.name()], 1) << kernel.name() << " stands twice in the tables";
+      EXPECT_STRNE(kernel.reason, "");
+      EXPECT_LE(kernel.tile.threads(), 1024);
+      EXPECT_GE(kernel.tile.stages, 2) << "a stage must be on its way while another is multiplied";
+    }
   }
 }
 
 TEST(Plan, EveryDeviceHasAKernelThatFits) {
   for (const Device& device : kDevices) {
     for (int64_t m : {1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 100, 4099}) {
-      const Plan plan = select({m, 4096, 4096, 128, device});
-      EXPECT_LE(plan.kernel.tile.shared_bytes(), device.shared_bytes);
-      EXPECT_GE(plan.kernel.tile.tokens, std::min<int64_t>(m, 64));
+      for (const bool sparse : {false, true}) {
+        const Plan plan = select({m, 4096, 4096, 128, device, sparse});
+        EXPECT_EQ(plan.kernel.tile.sparse, sparse);
+        EXPECT_LE(plan.kernel.tile.shared_bytes(), device.shared_bytes);
+        EXPECT_GE(plan.kernel.tile.tokens, std::min<int64_t>(m, 64));
+      }
     }
   }
 }
 
+TEST(Plan, EveryKernelIsSomeDevicesChoice) {
+  for (const bool sparse : {false, true}) {
+    std::map<int, int> chosen;
+    for (const Device& device : kDevices) {
+      for (int64_t m : {8, 16, 32, 64}) {
+        ++chosen[select({m, 4096, 4096, 128, device, sparse}).kernel.id];
+      }
+    }
+    EXPECT_EQ(chosen.size(), (sparse ? sparse_kernels() : kernels()).size());
+  }
+}
+
+// Written out for one tile: a sparse block stands for 128 columns, and brings 1 KB of metadata.
+TEST(Plan, TilesOfSparseWeightsCountTheColumnsOfActivations) {
+  constexpr Tile kDense{16, 2, 4, 1, 3}, kSparse{16, 2, 4, 1, 3, true};
+  EXPECT_EQ(kDense.stage_k(), 256);
+  EXPECT_EQ(kSparse.stage_k(), 512);
+  EXPECT_EQ(kDense.weight_bytes(), 4 * 2 * 2048);
+  EXPECT_EQ(kSparse.weight_bytes(), kDense.weight_bytes());
+  EXPECT_EQ(kSparse.meta_bytes(), 4 * 2 * 1024);
+  EXPECT_EQ(kDense.meta_bytes(), 0);
+  EXPECT_EQ(kSparse.input_bytes(), 16 * 512 * 2);
+  EXPECT_EQ(kSparse.scale_rows(), 16);
+  EXPECT_EQ(kSparse.stage_bytes(), 16384 + 8192 + 16384 + 16 * 128 * 3);
+  EXPECT_EQ(kSparse.threads(), kDense.threads());
+}
+
 TEST(Plan, DeviceWithoutKernelsIsRefused) {
   EXPECT_THROW(select({1, 64, 64, 64, device_of(75, 40)}), std::runtime_error);
+  EXPECT_THROW(select({1, 64, 64, 64, device_of(75, 40), true}), std::runtime_error);
 }
 
 // What the kernels do with a partition, in miniature: blocks walk their units and note, per tile,
@@ -101,6 +136,7 @@ TEST(Plan, PartitionDoesEverythingOnce) {
   for (int i = 0; i < 3000; ++i) {
     Problem problem{up_to(i % 3 ? 70 : 600), up_to(9000), up_to(9000), 128,
                     kDevices[random() % kDevices.size()]};
+    problem.sparse = i % 2 == 0;
     if (i % 5 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
     ASSERT_NO_FATAL_FAILURE(check_partition(problem))
         << problem.m << " x " << problem.n << " x " << problem.k << " on "
@@ -233,13 +269,14 @@ TEST(Plan, SparseDecodeStagesHoldThreeBitsAColumn) {
   }
 }
 
-TEST(Plan, SparseWeightsHaveNoPrefillKernelYet) {
+TEST(Plan, ManyTokensBySparseWeightsAreLeftToTheSm80Kernels) {
   Problem problem{129, 4096, 4096, 128, device_of(90, 132), true};
   problem.device.wgmma = true;
   EXPECT_FALSE(select_decode(problem).has_value());
   EXPECT_FALSE(select_prefill(problem).has_value());
   problem.m = 128;
   EXPECT_TRUE(select_decode(problem).has_value());
+  EXPECT_FALSE(select_prefill(problem).has_value());
   problem.device.wgmma = false;
   EXPECT_FALSE(select_decode(problem).has_value());
 }
@@ -323,6 +360,7 @@ TEST(Plan, PrefillTakesNoClusterThatTheDeviceCannotRun) {
 
 TEST(Plan, LargestProblemsDoNotOverflow) {
   check_partition({65536, 106496, 53248, 128, device_of(90, 132)});
+  check_partition({65536, 106496, 53248, 128, device_of(90, 132), true});
 }
 
 }  // namespace

@@ -12,8 +12,7 @@ namespace marlin {
 
 enum class DType : int8_t { kFloat16, kBFloat16 };
 
-// output[m, n] = input[m, perm] . ((q - zeros) * scales)[n, k]^T + bias. Sparse: on the
-// CPU, and on Hopper for few tokens, so far.
+// output[m, n] = input[m, perm] . ((q - zeros) * scales)[n, k]^T + bias
 struct Gemm {
   const void* input = nullptr;  // [m, k], rows `input_stride` elements apart
   int64_t input_stride = 0;
