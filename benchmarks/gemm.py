@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 import marlin  # noqa: F401 - loads the ops
-from benchmarks import meta, shapes, timing
+from benchmarks import meta, peers, shapes, timing
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
 class Row:
-    """One point: times in microseconds, ``share`` of the floor, ``speedup`` over cuBLAS fp16."""
+    """One point: microseconds, ``share`` of the floor, ``speedup`` over cuBLAS fp16.
+
+    Share and speedup are of ``us``, not of ``sustained_us`` (see :class:`timing.Times`).
+    """
 
     variant: str
     dtype: str
@@ -32,6 +35,9 @@ class Row:
     floor_us: float
     share: float
     speedup: float
+    sustained_us: float
+    cublas_sustained_us: float
+    peers_us: dict[str, float] = field(default_factory=dict)
 
 
 def random_weights(
@@ -50,32 +56,86 @@ def random_weights(
     return [make() for _ in range(timing.copies_for(n * k // 2))]
 
 
+def random_weights_24(
+    n: int, k: int, group_size: int, dtype: torch.dtype, zeros: bool
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Likewise (qweight, meta, scales, zeros) of 2:4 sparse weights."""
+    blocks = (-(-n // 64), -(-k // 128))
+    # The nibbles of two places that rise: first | second << 2.
+    nibbles = torch.tensor([4, 8, 12, 9, 13, 14], device="cuda")
+
+    def make_meta() -> torch.Tensor:
+        meta = torch.zeros(*blocks, 256, device="cuda", dtype=torch.int64)
+        for i in range(8):
+            meta |= nibbles[torch.randint(6, meta.shape, device="cuda")] << (4 * i)
+        return torch.where(meta < 2**31, meta, meta - 2**32).to(torch.int32)
+
+    metas = [make_meta() for _ in range(2)]  # drawing them is slow; all are buffers of their own
+    dense = random_weights(n, -(-k // 2), max(group_size // 2, -1), dtype, zeros)
+    copies = timing.copies_for(n * k * 3 // 8)
+    while len(dense) < copies:
+        dense += random_weights(n, -(-k // 2), max(group_size // 2, -1), dtype, zeros)
+    return [
+        (qweight, metas[i % 2].clone(), scales, z)
+        for i, (qweight, scales, z) in enumerate(dense[:copies])
+    ]
+
+
+def marlin_calls(
+    variant: str, n: int, k: int, m: int, group_size: int, dtype: torch.dtype, zeros: bool
+) -> list[Callable[[], object]]:
+    """Calls with cold weights that nothing writes."""
+    x = torch.randn(m, k, device="cuda", dtype=dtype)
+    if variant == "24":
+        sparse = torch.ops.marlin.gemm_24
+        return [
+            lambda w=w: sparse(x, *w, static_weights=True)
+            for w in random_weights_24(n, k, group_size, dtype, zeros)
+        ]
+    gemm = torch.ops.marlin.gemm
+    return [
+        lambda w=w: gemm(x, *w, static_weights=True)
+        for w in random_weights(n, k, group_size, dtype, zeros)
+    ]
+
+
 def marlin_us(n: int, k: int, m: int, group_size: int, dtype: torch.dtype, zeros: bool) -> float:
     """Time of one gemm call with cold weights that nothing writes, in microseconds."""
-    x = torch.randn(m, k, device="cuda", dtype=dtype)
-    weights = random_weights(n, k, group_size, dtype, zeros)
-    gemm = torch.ops.marlin.gemm
-    return timing.time_us([lambda w=w: gemm(x, *w, static_weights=True) for w in weights])
+    calls = marlin_calls("dense", n, k, m, group_size, dtype, zeros)
+    return timing.measure(calls, sustained=False).us
 
 
 def marlin_us_of_each(n: int, k: int, ms: Iterable[int]) -> dict[int, float]:
-    """As :func:`marlin_us` in fp16 with groups of 128, for many M; shorter windows."""
+    """As :func:`marlin_us` in fp16 with groups of 128, for many M."""
     weights = random_weights(n, k, 128, torch.float16, zeros=False)
     gemm = torch.ops.marlin.gemm
     out = {}
     for m in ms:
         x = torch.randn(m, k, device="cuda", dtype=torch.float16)
         calls = [lambda x=x, w=w: gemm(x, *w, static_weights=True) for w in weights]
-        out[m] = timing.time_us(calls, window_ms=2.0, repeats=5)
+        out[m] = timing.measure(calls, sustained=False, rest_s=0.01).us
     return out
 
 
-def cublas_us(n: int, k: int, m: int) -> float:
-    """Time of one fp16 ``linear`` call with cold weights, in microseconds."""
+def cublas_calls(n: int, k: int, m: int) -> list[Callable[[], object]]:
+    """Calls of fp16 ``linear`` with cold weights."""
     x = torch.randn(m, k, device="cuda", dtype=torch.float16)
     copies = timing.copies_for(2 * n * k)
     weights = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(copies)]
-    return timing.time_us([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
+    return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+
+
+def peers_us(names: list[str], n: int, k: int, m: int, group_size: int) -> dict[str, float]:
+    """Times of the peers that can do a point."""
+    out = {}
+    for name in names:
+        try:
+            calls = peers.find(name)(n, k, m, group_size)
+        except ValueError:
+            continue
+        out[name.partition(":")[0]] = round(timing.measure(calls, sustained=False).us, 2)
+        torch.cuda.empty_cache()
+    return out
 
 
 def points(only: list[str] | None, ms: list[int] | None) -> Iterator[tuple[int, int, int]]:
@@ -92,26 +152,37 @@ def points(only: list[str] | None, ms: list[int] | None) -> Iterator[tuple[int, 
 def measure(args: argparse.Namespace) -> list[Row]:
     """Measures every point, printing a line for each."""
     rows = []
+    dtype = DTYPES[args.dtype]
     print(
         f"{'N x K':>14} {'M':>5} {'us':>8} {'cuBLAS':>8} {'floor':>8} {'share':>6} {'speedup':>7}"
+        f" {'sustained':>9} {'cuBLAS':>8}"
     )
     for n, k, m in points(args.shape, args.m):
-        us = marlin_us(n, k, m, args.group_size, DTYPES[args.dtype], args.zeros)
-        reference = cublas_us(n, k, m)
-        floor = shapes.floor_us(n, k, m, args.group_size, zeros=args.zeros)
-        variant = "dense-asymmetric" if args.zeros else "dense"
-        row = Row(
-            variant, args.dtype, n, k, m, args.group_size,
-            round(us, 2), round(reference, 2), round(floor, 2),
-            round(floor / us, 3), round(reference / us, 2),
-        )  # fmt: skip
-        rows.append(row)
-        print(
-            f"{n:>7}x{k:<6} {m:>5} {us:8.2f} {reference:8.2f} {floor:8.2f} "
-            f"{row.share:6.2f} {row.speedup:6.2f}x",
-            flush=True,
-        )
-        torch.cuda.empty_cache()
+        reference = timing.measure(cublas_calls(n, k, m))
+        others = peers_us(args.peer, n, k, m, args.group_size)
+        for variant in args.variant or ["dense"]:
+            calls = marlin_calls(variant, n, k, m, args.group_size, dtype, args.zeros)
+            ours = timing.measure(calls)
+            floor = shapes.floor_us(
+                n, k, m, args.group_size, zeros=args.zeros, sparse=variant == "24"
+            )
+            row = Row(
+                variant + ("-asymmetric" if args.zeros else ""),
+                args.dtype, n, k, m, args.group_size,
+                round(ours.us, 2), round(reference.us, 2), round(floor, 2),
+                round(floor / ours.us, 3), round(reference.us / ours.us, 2),
+                round(ours.sustained_us, 2), round(reference.sustained_us, 2), others,
+            )  # fmt: skip
+            rows.append(row)
+            print(
+                f"{n:>7}x{k:<6} {m:>5} {row.us:8.2f} {row.cublas_us:8.2f} {floor:8.2f} "
+                f"{row.share:6.2f} {row.speedup:6.2f}x {row.sustained_us:9.2f} "
+                f"{row.cublas_sustained_us:8.2f} {row.variant}",
+                *(f"{name} {us}" for name, us in others.items()),
+                flush=True,
+            )
+            del calls
+            torch.cuda.empty_cache()
     return rows
 
 
@@ -127,10 +198,15 @@ def summarise(rows: list[Row]) -> None:
         ("M = 64, 128", 64, 128),
         ("M >= 256", 256, 1 << 30),
     ):
-        shares = [row.share for row in rows if low <= row.m <= high]
-        if shares:
-            mean = geometric_mean(shares)
-            print(f"geometric mean share of the floor, {name}: {mean:.3f} ({len(shares)} points)")
+        for variant in dict.fromkeys(row.variant for row in rows):
+            some = [row for row in rows if low <= row.m <= high and row.variant == variant]
+            if some:
+                mean = geometric_mean([row.share for row in some])
+                sustained = geometric_mean([row.floor_us / row.sustained_us for row in some])
+                print(
+                    f"geometric mean share of the floor, {variant}, {name}: {mean:.3f}, sustained "
+                    f"{sustained:.3f} ({len(some)} points)"
+                )
 
 
 def add_point_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +225,13 @@ def add_point_arguments(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks gemm``."""
     add_point_arguments(parser)
+    parser.add_argument("--variant", action="append", choices=("dense", "24"), help="may repeat")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        help=f"{', '.join(peers.INCLUDED)} or module:function (benchmarks/peers.py); may repeat",
+    )
     parser.add_argument("--commit", help="what to record, where the checkout has no git history")
     parser.add_argument("--json", type=Path, help="where to write the results")
 

@@ -10,9 +10,11 @@ import torch
 
 METHOD = (
     "time per call inside one CUDA graph that walks over at least 320 MB of distinct weights (cold "
-    "L2), random weights and activations, static_weights=True, median of 7 windows of replays, "
-    "CUDA events; floor: the time of an H200 (benchmarks/shapes.py); cuBLAS fp16 "
-    "(torch.nn.functional.linear) by the same method in the same process"
+    "L2), several times where that takes less than 1 ms; random weights and activations, "
+    "static_weights=True, CUDA events; us: median of 7 replays of the graph, each timed by itself, "
+    "after a rest; sustained_us: median of 7 windows of 10 ms of replays after 30 ms; floor: the "
+    "time of an H200 (benchmarks/shapes.py); cuBLAS fp16 (torch.nn.functional.linear) and peers by "
+    "the same method in the same process"
 )
 
 

@@ -5,7 +5,8 @@ from typing import Any
 def plans() -> list[dict[str, Any]]:
     """Every compiled GEMM kernel: id, name, tile, threads, shared memory, and why it exists.
 
-    ``sparse``: for 2:4 sparse weights, or else for dense ones.
+    ``sparse``: for 2:4 sparse weights, or else for dense ones. ``rounds_weights``: multiplies by
+    what ``dequantize`` makes of them, or else by their exact values.
     """
 
 def plan_for(
@@ -37,7 +38,7 @@ def kernel_attributes(id: int, *, bf16: bool = False) -> dict[str, int]:
     Asks the current CUDA device; raises ``RuntimeError`` without one, or for an unknown id.
     """
 
-def force_plan(id: int = -1, *, sms: int = 0, cluster: int = 0) -> None:
+def force_plan(id: int = -1, *, sms: int = 0, cluster: int = 0, input_shares: int = 0) -> None:
     """For tests and benchmarks: until called again, every CUDA gemm that can runs kernel ``id``.
 
     -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as

@@ -70,7 +70,7 @@ def test_against_fp64(
         x = make_input(m, 5000, dtype=dtype, device="cuda")
         for _ in partitions(kernel):
             y = w.gemm(x)
-            reference.assert_close(y, x, dense, w.bias, rounded=False)
+            reference.assert_close(y, x, dense, w.bias, rounded=kernel["rounds_weights"])
             assert torch.equal(w.gemm(x), y), "other bits the second time"
 
 
@@ -127,6 +127,19 @@ def test_every_number_of_tokens(kernel: dict[str, Any], dtype: torch.dtype) -> N
     expected = w.gemm64(x).to(dtype)
     for _ in partitions(kernel):
         for m in range(1, kernel["tokens"] + 1):
+            assert torch.equal(w.gemm(x[:m]), expected[:m]), m
+
+
+@every_dtype
+@pytest.mark.parametrize("kernel", KERNELS[-1:], ids=[k["name"] for k in KERNELS[-1:]])
+def test_more_tokens_than_a_tile_holds(kernel: dict[str, Any], dtype: torch.dtype) -> None:
+    """The kernel for the most tokens does several tiles of them, and the last begins early."""
+    n, k = 456, 1356
+    w = weight_of(n, k, 64, dtype, integers=True)
+    x = integers(1000, k, dtype)
+    expected = w.gemm64(x).to(dtype)
+    for _ in partitions(kernel):
+        for m in (129, 131, 135, 136, 192, 255, 256, 257, 511, 640, 1000):
             assert torch.equal(w.gemm(x[:m]), expected[:m]), m
 
 

@@ -53,7 +53,8 @@ plan::Device current_device() {
   return devices[index];
 }
 
-std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0;  // see force_plan
+std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0,
+                 forced_input_shares = 0;  // see force_plan
 
 int kernel_count() {
   return static_cast<int>(plan::kernels().size() + plan::decode_kernels().size() +
@@ -104,8 +105,11 @@ decltype(auto) with_plan(const Gemm& args, F&& run) {
 #ifdef MARLIN_WITH_SM90
   if (problem.device.wgmma) {
     const int cluster = std::max<int>(forced_cluster, 1);
-    if (forced.prefill) return run(plan::prefill_plan_with(*forced.prefill, cluster, problem));
-    if (forced.decode && args.m <= forced.decode->tile.tokens) {
+    if (forced.prefill) {
+      return run(plan::prefill_plan_with(*forced.prefill, cluster,
+                                         std::max<int>(forced_input_shares, 1), problem));
+    }
+    if (forced.decode && forced.decode->tile.holds(args.m)) {
       return run(plan::decode_plan_with(*forced.decode, std::min(cluster, 2), problem));
     }
     if (const auto chosen = plan::select_decode(problem)) return run(*chosen);
@@ -122,15 +126,17 @@ int64_t gemm_workspace_bytes(const Gemm& args) {
   return with_plan(args, [&](const auto& plan) { return scratch_of(args, plan).bytes(); });
 }
 
-void force_plan(int id, int sm_count, int cluster) {
+void force_plan(int id, int sm_count, int cluster, int input_shares) {
   if (id < -1 || id >= kernel_count() || sm_count < 0 || cluster < 0 ||
-      cluster > plan::Device::kLargestCluster) {
+      cluster > plan::Device::kLargestCluster || input_shares < 0 ||
+      input_shares > plan::Device::kLargestCluster) {
     throw std::runtime_error(
         "marlin: force_plan: no such kernel, number of multiprocessors or cluster");
   }
   forced_kernel = id;
   forced_sm_count = sm_count;
   forced_cluster = cluster;
+  forced_input_shares = input_shares;
 }
 
 void gemm(const Gemm& args, void* workspace, void* stream) {

@@ -20,7 +20,7 @@ namespace {
 // The kernels of the tables are numbered one after the other, those for 2:4 sparse weights last.
 template <typename Kernel>
 py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int stages,
-                  int shared_bytes, bool sparse = false) {
+                  int shared_bytes, bool sparse, bool rounds_weights) {
   py::dict out;
   out["id"] = static_cast<int>(first_id) + kernel.id;
   out["name"] = kernel.name();
@@ -32,6 +32,7 @@ py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int
   out["threads"] = kernel.tile.threads();
   out["shared_bytes"] = shared_bytes;
   out["sparse"] = sparse;
+  out["rounds_weights"] = rounds_weights;
   out["reason"] = kernel.reason;
   return out;
 }
@@ -41,7 +42,7 @@ py::dict describe(const plan::Kernel& kernel) {
   const size_t dense_kernels =
       plan::kernels().size() + plan::decode_kernels().size() + plan::prefill_kernels().size();
   return describe(kernel, sparse ? dense_kernels : 0, kernel.family, kernel.tile.stages,
-                  kernel.tile.shared_bytes(), sparse);
+                  kernel.tile.shared_bytes(), sparse, false);
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
@@ -50,12 +51,12 @@ py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 
                          plan::sparse_kernels().size();
   return describe(kernel, plan::kernels().size() + (sparse ? between : 0),
                   sparse ? "sm90_decode_24" : "sm90_decode", kernel.tile.stages(128),
-                  kernel.tile.shared_bytes(128), sparse);
+                  kernel.tile.shared_bytes(128), sparse, kernel.tile.scales_weights());
 }
 
 py::dict describe(const plan::PrefillKernel& kernel) {
   return describe(kernel, plan::kernels().size() + plan::decode_kernels().size(), "sm90_prefill",
-                  kernel.tile.stages(), kernel.tile.shared_bytes());
+                  kernel.tile.stages(), kernel.tile.shared_bytes(), false, true);
 }
 
 py::list plans() {
@@ -105,6 +106,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["kernel"] = describe(prefill->kernel);
     out["blocks"] = prefill->blocks;
     out["cluster"] = prefill->cluster;
+    out["input_shares"] = prefill->input_shares;
     out["row_blocks"] = prefill->row_blocks;
     out["token_tiles"] = prefill->token_tiles;
     out["pieces_per_cluster"] = prefill->pieces_per_cluster;
@@ -156,11 +158,11 @@ void throw_if(int failed, const char* error) {
   if (failed) throw std::runtime_error(error);
 }
 
-void force_plan(int id, int sms, int cluster) {
+void force_plan(int id, int sms, int cluster, int input_shares) {
   char error[512] = "";
   const auto force =
-      op_library_function<int (*)(int, int, int, char*, size_t)>("marlin_force_plan");
-  throw_if(force(id, sms, cluster, error, sizeof error), error);
+      op_library_function<int (*)(int, int, int, int, char*, size_t)>("marlin_force_plan");
+  throw_if(force(id, sms, cluster, input_shares, error, sizeof error), error);
 }
 
 py::dict kernel_attributes(int id, bool bf16) {
@@ -193,7 +195,7 @@ PYBIND11_MODULE(_inspect, m) {
         "The kernel and the partition chosen for a problem on a device.");
   m.def("build_info", &build_info, "Versions and settings of this build.");
   m.def("force_plan", &force_plan, py::arg("id") = -1, py::kw_only(), py::arg("sms") = 0,
-        py::arg("cluster") = 0,
+        py::arg("cluster") = 0, py::arg("input_shares") = 0,
         "For tests and benchmarks: makes every gemm run one kernel that can, or one partition.");
   m.def("kernel_attributes", &kernel_attributes, py::arg("id"), py::kw_only(),
         py::arg("bf16") = false, "Registers, shared memory and occupancy on the current device.");

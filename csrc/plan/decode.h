@@ -13,6 +13,13 @@ struct DecodeTile {
   int tokens, row_tiles, splits, stage_blocks, blocks_per_sm, input_stages;
   bool sparse = false;  // 2:4: a block of 64 x 64 stored weights covers 128 columns
 
+  // Whether weights are scaled before they are multiplied, rather than the sums of groups after.
+  constexpr bool scales_weights() const { return tokens > 96 && row_tiles > 1; }
+
+  // Whether there may be more tokens than a tile holds.
+  constexpr bool many_token_tiles() const { return tokens >= 128; }
+  constexpr bool holds(int64_t m) const { return m <= tokens || many_token_tiles(); }
+
   constexpr int rows() const { return 64 * row_tiles; }
   constexpr int stage_k() const { return (sparse ? 128 : 64) * stage_blocks; }
   constexpr int consumers() const { return 128 * row_tiles * splits; }
@@ -110,10 +117,10 @@ struct DecodeShare {
 
 struct DecodePlan {
   DecodeKernel kernel;
-  int period;     // columns between scales: 32, 64, or 128 for all longer groups
-  int row_tiles;  // tiles of the output features
-  int stages;     // of a tile
-  int cluster;    // 2: pairs of blocks that may share a tile; 1: launched without clusters
+  int period;  // columns between scales: 32, 64, or 128 for all longer groups
+  int row_tiles, token_tiles;
+  int stages;   // of a tile
+  int cluster;  // 2: pairs of blocks that may share a tile; 1: launched without clusters
   int blocks;
   int early_stages;  // of weights: with static_weights, copied while the kernel before may still run
 };

@@ -57,7 +57,8 @@ struct PrefillKernel {
 std::span<const PrefillKernel> prefill_kernels();
 
 // The work is row_blocks * token_tiles pieces of 64 output features by one tile of tokens. Clusters do
-// them in tiles of up to tile.row_blocks pieces, and the blocks of a cluster share the k of each.
+// them in tiles of up to input_shares * tile.row_blocks pieces, shared out among blocks that copy their
+// activations together; and cluster / input_shares such sets of blocks share the k of each tile.
 //   token_group == 0: each token tile is cut into `runs` of `pieces_per_cluster`, one a cluster.
 //   token_group > 0:  cluster c does whole tiles c, c + clusters, ... of an order that goes through
 //                     groups of so many token tiles, row tile by row tile, token tile by token tile.
@@ -65,7 +66,8 @@ struct PrefillPlan {
   PrefillKernel kernel;
   int period;  // columns between scales: 32, 64, or 128 for all longer groups
   int row_blocks, row_tiles, token_tiles;
-  int cluster;                   // blocks that share the k of a tile
+  int cluster;                   // blocks
+  int input_shares;              // of them, those that share activations: 1 or 2
   int stages_per_block;          // of one tile
   int runs, pieces_per_cluster;  // the latter with token_group > 0 too, for the model of time only
   int token_group;
@@ -75,6 +77,8 @@ struct PrefillPlan {
 // Nothing where another kernel must run: a device or build without wgmma.
 std::optional<PrefillPlan> select_prefill(const Problem& problem);
 
-PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Problem& problem);
+// With fewer blocks a cluster than asked for where some would have nothing to do.
+PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int input_shares,
+                              const Problem& problem);
 
 }  // namespace marlin::plan

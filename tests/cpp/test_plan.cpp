@@ -149,15 +149,18 @@ TEST(Plan, PartitionDoesEverythingOnce) {
 void check_decode(const Problem& problem, const DecodePlan& plan) {
   const DecodeTile& tile = plan.kernel.tile;
   ASSERT_EQ(tile.sparse, problem.sparse);
-  ASSERT_GE(tile.tokens, problem.m);
+  ASSERT_TRUE(tile.holds(problem.m));
+  ASSERT_LT((plan.token_tiles - 1) * int64_t{tile.tokens}, problem.m);
+  ASSERT_GE(plan.token_tiles * int64_t{tile.tokens}, problem.m);
   ASSERT_LT((plan.row_tiles - 1) * int64_t{tile.rows()}, problem.n);
   ASSERT_GE(plan.row_tiles * int64_t{tile.rows()}, problem.n);
   ASSERT_GE(plan.stages * int64_t{tile.stage_k()}, problem.k);
   ASSERT_EQ(plan.blocks % plan.cluster, 0);
   ASSERT_LE(plan.blocks, problem.device.sm_count);
-  std::vector<int> done(static_cast<size_t>(plan.row_tiles) * plan.stages);
-  int most = 0, least = 2 * plan.row_tiles;  // of half tiles of a block
-  const auto deal = DecodeDeal::of(plan.blocks, plan.cluster, plan.row_tiles);
+  const int tiles = plan.row_tiles * plan.token_tiles;
+  std::vector<int> done(static_cast<size_t>(tiles) * plan.stages);
+  int most = 0, least = 2 * tiles;  // of half tiles of a block
+  const auto deal = DecodeDeal::of(plan.blocks, plan.cluster, tiles);
   for (int block = 0; block < plan.blocks; ++block) {
     const auto share = DecodeShare::of(deal, block);
     const auto pair = DecodeShare::of(deal, block ^ 1);
@@ -198,7 +201,7 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, *plan));
     const auto kernels = decode_kernels(problem.sparse);
     const auto& kernel = kernels[random() % kernels.size()];
-    problem.m = std::min<int64_t>(problem.m, kernel.tile.tokens);
+    problem.m = up_to(kernel.tile.many_token_tiles() ? 600 : kernel.tile.tokens);
     const auto cluster = static_cast<int>(up_to(2));
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, decode_plan_with(kernel, cluster, problem)));
   }
@@ -206,8 +209,13 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
   Problem wide{65, 16385, 4096, 128, device_of(90, 132)};
   wide.device.wgmma = true;
   EXPECT_FALSE(select_decode(wide).has_value());  // prefill kernels are faster
-  wide.m = 129, wide.n = 4096;
+  wide.m = 257, wide.n = 4096;
   EXPECT_FALSE(select_decode(wide).has_value());
+  wide.m = 256;
+  const auto two_token_tiles = select_decode(wide);
+  ASSERT_TRUE(two_token_tiles.has_value());
+  EXPECT_EQ(two_token_tiles->token_tiles, 2);
+  check_decode(wide, *two_token_tiles);
 }
 
 TEST(Plan, DecodeAsksForFewWeightsEarlyWhereBlocksDoMuch) {
@@ -299,8 +307,10 @@ void check_prefill(const Problem& problem, const PrefillPlan& plan) {
   ASSERT_GE(plan.token_tiles * int64_t{tile.tokens}, problem.m);
   ASSERT_LE(tile.shared_bytes(), problem.device.shared_bytes);
   const int64_t stages = (problem.k + tile.stage_k() - 1) / tile.stage_k();
-  ASSERT_GE(int64_t{plan.stages_per_block} * plan.cluster, stages);
-  ASSERT_LT(int64_t{plan.stages_per_block} * (plan.cluster - 1), stages) << "an idle block";
+  ASSERT_EQ(plan.cluster % plan.input_shares, 0);
+  const int k_shares = plan.cluster / plan.input_shares;
+  ASSERT_GE(int64_t{plan.stages_per_block} * k_shares, stages);
+  ASSERT_LT(int64_t{plan.stages_per_block} * (k_shares - 1), stages) << "an idle block";
   ASSERT_EQ(plan.blocks % plan.cluster, 0);
   const int clusters = plan.blocks / plan.cluster;
   ASSERT_LE(clusters, std::max(problem.device.clusters_of(plan.cluster), 1));
@@ -318,9 +328,10 @@ void check_prefill(const Problem& problem, const PrefillPlan& plan) {
       const int of_group = plan.token_group * plan.row_tiles;
       const int first = at / of_group * plan.token_group;
       const int size = std::min(plan.token_group, plan.token_tiles - first);
-      const int row_block = at % of_group / size * tile.row_blocks;
+      const int rows = tile.row_blocks * plan.input_shares;
+      const int row_block = at % of_group / size * rows;
       const int token_tile = first + at % of_group % size;
-      for (int r = row_block; r < std::min(row_block + tile.row_blocks, plan.row_blocks); ++r) {
+      for (int r = row_block; r < std::min(row_block + rows, plan.row_blocks); ++r) {
         ++done[static_cast<size_t>(token_tile) * plan.row_blocks + r];
       }
     }
@@ -340,7 +351,9 @@ TEST(Plan, PrefillDoesEverythingOnce) {
     ASSERT_NO_FATAL_FAILURE(check_prefill(problem, *chosen));
     const auto& kernel = prefill_kernels()[random() % prefill_kernels().size()];
     const auto cluster = static_cast<int>(up_to(Device::kLargestCluster));
-    ASSERT_NO_FATAL_FAILURE(check_prefill(problem, prefill_plan_with(kernel, cluster, problem)));
+    const auto input_shares = static_cast<int>(up_to(2));
+    ASSERT_NO_FATAL_FAILURE(
+        check_prefill(problem, prefill_plan_with(kernel, cluster, input_shares, problem)));
   }
   EXPECT_FALSE(select_prefill({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
 }

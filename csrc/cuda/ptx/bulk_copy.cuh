@@ -65,6 +65,18 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const CUtensorMap& 
       : "memory");
 }
 
+// The same into several blocks of the cluster: those whose bits are set in `blocks`, at the address that
+// `shared` is in each, and counted on the barrier that `barrier` is in each.
+__device__ __forceinline__ void tensor_copy_to_blocks(uint32_t shared, const CUtensorMap& map,
+                                                      int x, int y, int z, uint32_t barrier,
+                                                      uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared),
+      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 // A barrier for the first `kThreads` threads of the block. (0 is __syncthreads.)
 template <int kThreads>
 __device__ __forceinline__ void sync_threads() {
@@ -123,6 +135,11 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t shared, int rank) 
   uint32_t there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
   return there;
+}
+
+// Arrives at a barrier of another block, as address_in_block().
+__device__ __forceinline__ void mbarrier_arrive_in_block(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Stores 16 bytes in another block and counts them on a barrier there; both as address_in_block().

@@ -51,6 +51,7 @@ __device__ __forceinline__ void wgmma_sparse_m64k32(float (&d)[kTokens / 2], con
 
 #define MARLIN_NAMES_4 "%0, %1, %2, %3"
 #define MARLIN_NAMES_8 MARLIN_NAMES_4 ", %4, %5, %6, %7"
+#define MARLIN_NAMES_12 MARLIN_NAMES_8 ", %8, %9, %10, %11"
 #define MARLIN_NAMES_16 MARLIN_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define MARLIN_NAMES_24 MARLIN_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define MARLIN_NAMES_32 MARLIN_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
@@ -112,6 +113,7 @@ __device__ __forceinline__ void wgmma_sparse_m64k32(float (&d)[kTokens / 2], con
 // clang-format off
 MARLIN_WGMMA(8, MARLIN_NAMES_4, "{%4, %5, %6, %7}, %8", "%9", "%10", MARLIN_D4(0))
 MARLIN_WGMMA(16, MARLIN_NAMES_8, "{%8, %9, %10, %11}, %12", "%13", "%14", MARLIN_D8(0))
+MARLIN_WGMMA(24, MARLIN_NAMES_12, "{%12, %13, %14, %15}, %16", "%17", "%18", MARLIN_D8(0), MARLIN_D4(8))
 MARLIN_WGMMA(32, MARLIN_NAMES_16, "{%16, %17, %18, %19}, %20", "%21", "%22", MARLIN_D16(0))
 MARLIN_WGMMA(48, MARLIN_NAMES_24, "{%24, %25, %26, %27}, %28", "%29", "%30", MARLIN_D16(0), MARLIN_D8(16))
 MARLIN_WGMMA(64, MARLIN_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", "%38", MARLIN_D32(0))
@@ -136,6 +138,7 @@ MARLIN_WGMMA(256, MARLIN_NAMES_128, "{%128, %129, %130, %131}, %132", "%133", "%
 #undef MARLIN_NAMES_32
 #undef MARLIN_NAMES_24
 #undef MARLIN_NAMES_16
+#undef MARLIN_NAMES_12
 #undef MARLIN_NAMES_8
 #undef MARLIN_NAMES_4
 #undef MARLIN_D32

@@ -1,7 +1,8 @@
 // A consumer warpgroup of a decode kernel (decode.cuh): converts and multiplies.
 //
-// Weights go into the tensor core as exact integers, and a group's scale is applied in fp32 to the
-// group's sum.
+// With few tokens, weights go into the tensor core as exact integers, and a group's scale is applied in
+// fp32 to the group's sum: fewer instructions a weight. With many, the wait for the sum of every group
+// would cost more than scaling weights (34.5 us, and 29.8, at 8192 x 8192, M = 128, H200).
 #pragma once
 
 #include "cuda/element.cuh"
@@ -39,12 +40,16 @@ struct DecodeConsumer {
       end += work.stages();
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
+      if constexpr (S::kScalesWeights) {
+        next = multiply_scaled(next, end);
+      } else {
 #pragma unroll 1
-      for (; next < end; next += S::kSplits) {
-        place.wait();
-        multiply();
-        place.release();
-        place.advance();
+        for (; next < end; next += S::kSplits) {
+          place.wait();
+          multiply();
+          place.release();
+          place.advance();
+        }
       }
 #pragma unroll
       for (int pass = 0; pass < S::kPasses; ++pass) {
@@ -60,6 +65,51 @@ struct DecodeConsumer {
       }
     }
   }
+
+  // --- weights scaled in registers ----------------------------------------------------------------
+
+  // Stages `next`, next + kSplits, ... < end; returns the first that is not. Weights are rounded to the
+  // activations' type as `dequantize` rounds them. Multiplications of a stage are still under way while
+  // the next stage's weights are converted; then it is given back.
+  __device__ int multiply_scaled(int next, int end) {
+    constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
+    if (next >= end) return next;
+    uint32_t a[4][4];
+#pragma unroll 1
+    for (bool first = true; next < end; next += S::kSplits, first = false) {
+      place.wait();
+      const uint64_t b = place.input_descriptor();
+      Packed packed[S::kStageBlocks];
+#pragma unroll
+      for (int block = 0; block < S::kStageBlocks; ++block) packed[block] = load(block);
+      uint32_t scale[S::kGroups][2], subtrahend[S::kGroups][2];
+#pragma unroll
+      for (int g = 0; g < S::kGroups; ++g) {
+        load_factor_pairs(scale[g], subtrahend[g], g);
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int g = step / kGroupSteps;
+        convert<Element>(a[step % 4], (&packed[step / 4].words.x)[step % 4], subtrahend[g]);
+        multiply_pairs<Element>(a[step % 4], scale[g]);
+        ptx::wgmma_fence();
+        multiply_step(sums, a[step % 4], packed[step / 4].meta, b, step, true);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<3>();
+        if (step == 3 && !first) place.release_previous();
+      }
+      place.advance();
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      asm volatile("" : "+f"(sums[i])::"memory");  // not read before the wait
+    }
+    place.release_previous();
+    return next;
+  }
+
+  // --- exact integers, a group's sum scaled -------------------------------------------------------
 
   // One stage, in spans of columns whose multiplications are all under way before the first is waited
   // for: as many groups as there are registers for the sums of.
@@ -119,19 +169,26 @@ struct DecodeConsumer {
     }
   }
 
-  // Step `step` of the stage, whose activations begin at descriptor `b`.
-  __device__ static void multiply_step(float (&partial)[kTokens / 2], const uint32_t (&a)[4],
-                                       const uint2& meta, uint64_t b, int step, bool accumulate) {
-    constexpr int kStepsOfRow = 64 / S::kStepColumns;  // that lie in 128 bytes of a token
-    b += static_cast<uint64_t>(step / kStepsOfRow * kTokens * 8 +
-                               step % kStepsOfRow * S::kStepColumns / 8);
+  // Step `step` of the stage, whose activations begin at descriptor `stage`.
+  __device__ void multiply_step(float (&to)[kTokens / 2], const uint32_t (&a)[4], const uint2& meta,
+                                uint64_t stage, int step, bool accumulate) const {
+    const uint64_t b = input_of(stage, step);
     if constexpr (!S::kSparse) {
-      ptx::wgmma_m64k16<Element, kTokens>(partial, a, b, accumulate);
+      ptx::wgmma_m64k16<Element, kTokens>(to, a, b, accumulate);
     } else if (step % 4 < 2) {  // of a block; see layout::quad_position_of
-      ptx::wgmma_sparse_m64k32<Element, kTokens, 0>(partial, a, (&meta.x)[step % 2], b, accumulate);
+      ptx::wgmma_sparse_m64k32<Element, kTokens, 0>(to, a, (&meta.x)[step % 2], b, accumulate);
     } else {
-      ptx::wgmma_sparse_m64k32<Element, kTokens, 1>(partial, a, (&meta.x)[step % 2], b, accumulate);
+      ptx::wgmma_sparse_m64k32<Element, kTokens, 1>(to, a, (&meta.x)[step % 2], b, accumulate);
     }
+  }
+
+  // The activations of a step of the stage: those of 64 columns lie in 128 bytes, of the next 64 behind
+  // those of all tokens that were copied (kept a constant where there is little to save).
+  __device__ uint64_t input_of(uint64_t stage, int step) const {
+    constexpr int kSteps = 64 / S::kStepColumns;
+    const int tokens = kTokens <= 32 ? kTokens : p.input_tokens;
+    return stage + static_cast<uint32_t>(step / kSteps * tokens * 8) +
+           static_cast<uint32_t>(step % kSteps * S::kStepColumns / 8);
   }
 
   // Of this thread's two rows, for a group of the stage.
@@ -140,6 +197,24 @@ struct DecodeConsumer {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       scale[i] = to_float(ptx::load_shared<Element>(place.scales(group) + 8 * i * 2));
+    }
+    load_subtrahends(subtrahend, group);
+  }
+
+  // The same, but scales in both halves of a register.
+  __device__ void load_factor_pairs(uint32_t (&scale)[2], uint32_t (&subtrahend)[2],
+                                    int group) const {
+    if (p.one_group) group = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scale[i] = ptx::load_shared<uint16_t>(place.scales(group) + 8 * i * 2) * 0x10001u;
+    }
+    load_subtrahends(subtrahend, group);
+  }
+
+  __device__ void load_subtrahends(uint32_t (&subtrahend)[2], int group) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
       subtrahend[i] = layout::subtrahend<Format>(layout::kSymmetricZero, i);
     }
     if (p.has_zeros) {

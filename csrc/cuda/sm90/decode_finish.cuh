@@ -20,46 +20,56 @@ struct DecodeFinish {
   template <int kThreads>
   __device__ void run(const DecodeCursor<Element, S>& work, int pass, int thread) const {
     constexpr int kHalf = S::kRows / 2;
-    const int tokens = pass_tokens(pass), first = pass * S::kPassTokens;
-    const int column = work.tile() * S::kRows;
+    const Tokens tokens(p, work, pass);
+    const int column = work.row_tile() * S::kRows;
     if (!work.shared()) {
-      for (int i = thread; i < tokens * (S::kRows / 4); i += kThreads) {
-        const int token = i / (S::kRows / 4), row = i % (S::kRows / 4) * 4;
-        store(sum_of(token, row), first + token, column + row);
+      constexpr int kEach = S::kRows / 4;  // of a token
+      for (int i = tokens.begin * kEach + thread; i < tokens.end * kEach; i += kThreads) {
+        const int token = i / kEach, row = i % kEach * 4;
+        store(sum_of(token, row), tokens.first + token, column + row);
       }
       return;
     }
+    constexpr int kEach = kHalf / 4;
+    const int begin = tokens.begin * kEach + thread, end = tokens.end * kEach;
     const int mine = work.share.rank * kHalf, theirs = kHalf - mine;
     const uint32_t inbox = base + S::kReceivedAt + pass * S::kPassTokens * kHalf * 4;
     const uint32_t received = DecodeBarriers<S>{base + S::kBarriersAt}.received(pass);
     const uint32_t to = ptx::address_in_block(inbox, work.share.rank ^ 1);
     const uint32_t barrier = ptx::address_in_block(received, work.share.rank ^ 1);
-    for (int i = thread; i < tokens * (kHalf / 4); i += kThreads) {
-      ptx::send_to_block(to + i * 16, barrier,
-                         sum_of(i / (kHalf / 4), theirs + i % (kHalf / 4) * 4));
+    for (int i = begin; i < end; i += kThreads) {
+      ptx::send_to_block(to + i * 16, barrier, sum_of(i / kEach, theirs + i % kEach * 4));
     }
     ptx::mbarrier_wait(received, 0);
-    for (int i = thread; i < tokens * (kHalf / 4); i += kThreads) {
-      const int token = i / (kHalf / 4), row = mine + i % (kHalf / 4) * 4;
+    for (int i = begin; i < end; i += kThreads) {
+      const int token = i / kEach, row = mine + i % kEach * 4;
       float4 sum = sum_of(token, row);
       add(sum, ptx::load_shared<float4>(inbox + i * 16));
-      store(sum, first + token, column + row);
+      store(sum, tokens.first + token, column + row);
     }
   }
 
   // Says how much run() of the other block will send. Before that block can.
   __device__ void expect() const {
+    const DecodeCursor<Element, S> work(p);  // the shared tile comes first, if there is one
     for (int pass = 0; pass < S::kPasses; ++pass) {
+      const Tokens tokens(p, work, pass);
       ptx::mbarrier_arrive_expect(DecodeBarriers<S>{base + S::kBarriersAt}.received(pass),
-                                  pass_tokens(pass) * S::kRows / 2 * 4);
+                                  max(tokens.end - tokens.begin, 0) * S::kRows / 2 * 4);
     }
   }
 
  private:
-  // How many tokens of a pass there are.
-  __device__ int pass_tokens(int pass) const {
-    return min(S::kPassTokens, max(p.m - pass * S::kPassTokens, 0));
-  }
+  // Those of a pass that are stored: `first` + begin ..< end.
+  struct Tokens {
+    int first, begin, end;
+
+    __device__ Tokens(const DecodeParams<Element>& p, const DecodeCursor<Element, S>& work,
+                      int pass)
+        : first(work.first_token() + pass * S::kPassTokens),
+          begin(S::kTile.many_token_tiles() ? max(work.token() - first, 0) : 0),
+          end(min(S::kPassTokens, p.m - first)) {}
+  };
 
   static __device__ void add(float4& a, const float4& b) {
     a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;

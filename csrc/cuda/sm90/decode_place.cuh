@@ -70,6 +70,10 @@ struct DecodePlace {
     ring.release();
     input_ring.release();
   }
+  __device__ void release_previous() const {
+    ring.release_previous();
+    input_ring.release_previous();
+  }
 };
 
 }  // namespace marlin::cuda::sm90

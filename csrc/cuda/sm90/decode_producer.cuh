@@ -22,7 +22,7 @@ struct DecodeProducer {
     int early = p.static_weights ? p.early_stages : 0;
 #pragma unroll 1
     for (; work.valid(); work.advance()) {
-      const int row_block = work.tile() * S::kRowTiles;
+      const int row_block = work.row_tile() * S::kRowTiles;
       const int row_blocks = min(S::kRowTiles, p.n_blocks - row_block);
       const int first_block = work.first_stage() * S::kStageBlocks;
       const int32_t* from =
@@ -72,17 +72,19 @@ struct DecodeProducer {
   __device__ void copy_input() const {
     RingProducer<S::kInputStages> ring{barriers.input_full(), barriers.input_empty()};
     Cursor work(p);
+    const int bytes = p.input_tokens * S::kTile.stage_k() * 2;
     ptx::wait_for_earlier_kernels();
     if (!p.static_weights) ptx::let_next_kernel_start();
 #pragma unroll 1
     for (; work.valid(); work.advance()) {
       constexpr int kBoxes = S::kTile.stage_k() / 64;
       int box = work.first_stage() * kBoxes;
+      const int token = work.first_token();
 #pragma unroll 1
       for (int i = work.stages(); i > 0; --i) {
         ring.fill([&](int slot, uint32_t barrier) {
-          ptx::mbarrier_arrive_expect(barrier, S::kInputBytes);
-          ptx::tensor_copy(shared + slot * S::kInputBytes, p.input, 0, 0, box, barrier);
+          ptx::mbarrier_arrive_expect(barrier, bytes);
+          ptx::tensor_copy(shared + slot * S::kInputBytes, p.input, 0, token, box, barrier);
         });
         box += kBoxes;
       }
@@ -97,7 +99,7 @@ struct DecodeProducer {
     const int bytes = S::kRows * groups * (p.has_zeros ? 3 : 2);
 #pragma unroll 1
     for (Cursor work(p); work.valid(); work.advance()) {
-      const int row = work.tile() * S::kRows;
+      const int row = work.row_tile() * S::kRows;
       int group = work.first_stage() * step;
 #pragma unroll 1
       for (int i = work.stages(); i > 0; --i) {

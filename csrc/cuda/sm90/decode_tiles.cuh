@@ -11,6 +11,7 @@ namespace marlin::cuda::sm90 {
 template <typename Element>
 struct DecodeParams : LayerParams<Element> {
   plan::DecodeDeal deal;
+  int row_tiles, token_tiles;
   int stages;        // of a tile
   int early_stages;  // of weights (plan::DecodePlan)
 };
@@ -25,6 +26,7 @@ struct DecodeShape {
   static constexpr int kTokens = kTokens_, kRowTiles = kRowTiles_, kSplits = kSplits_;
   static constexpr int kStageBlocks = kStageBlocks_, kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kPeriod = kPeriod_;  // columns between scales
+  static constexpr bool kScalesWeights = kTile.scales_weights();
   static constexpr int kStages = kTile.stages(kPeriod), kInputStages = kInputStages_;
   static constexpr int kGroups = kTile.stage_k() / kPeriod;  // rows of scales in a stage
   static constexpr int kRows = kTile.rows(), kThreads = kTile.threads();
@@ -117,7 +119,19 @@ struct DecodeCursor {
   __device__ bool last() const { return at + 1 == share.whole; }
   __device__ void advance() { ++at; }
   __device__ bool shared() const { return at < 0; }
+  // Row tile by row tile of the first token tile, then of the next. Where there is one, nothing is
+  // divided, since that would hold up the first copies.
   __device__ int tile() const { return shared() ? share.shared : share.first + at; }
+  __device__ int row_tile() const { return one_token_tile() ? tile() : tile() % p.row_tiles; }
+  __device__ int token() const { return one_token_tile() ? 0 : tile() / p.row_tiles * S::kTokens; }
+  // What the tile holds: the last of several begins early enough to be full, and does some tokens that
+  // the one before it stores.
+  __device__ int first_token() const {
+    return one_token_tile() ? 0 : min(token(), p.m - S::kTokens);
+  }
+  __device__ bool one_token_tile() const {
+    return !S::kTile.many_token_tiles() || p.token_tiles == 1;
+  }
   __device__ int first_stage() const { return shared() ? share.first_shared_stage(p.stages) : 0; }
   __device__ int stages() const { return shared() ? share.shared_stages(p.stages) : p.stages; }
 };

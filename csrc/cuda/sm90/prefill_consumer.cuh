@@ -22,6 +22,7 @@ struct PrefillConsumer {
   // of shared memory, since arithmetic on pointers would be done anew for every stage.
   uint64_t descriptor;
   uint32_t words_at, scales_at, zeros_at;
+  uint32_t peer_empty = 0;  // `empty` of the block that this thread tells of a free stage, if any
   int slot = 0, parity = 0;
   float sums[kTokens / 2];
 
@@ -39,6 +40,11 @@ struct PrefillConsumer {
     words_at = base + S::kWeightsAt + warpgroup * S::kRowBlockBytes + thread * 16;
     scales_at = base + S::kScalesAt + (warpgroup * 64 + row_in_piece()) * 2;
     zeros_at = base + S::kZerosAt + warpgroup * 64 + row_in_piece();
+    const ClusterPlace place(p);
+    const int lane = thread % 32;
+    if (lane < place.input_shares && lane != place.row_rank()) {
+      peer_empty = ptx::address_in_block(empty, place.with_input(lane));
+    }
   }
 
   __device__ int row_in_piece() const { return thread / 32 * 16 + thread % 32 / 4; }
@@ -48,7 +54,9 @@ struct PrefillConsumer {
   }
 
   __device__ void give_back_previous() const {
-    ptx::mbarrier_arrive(empty + 8 * (slot == 0 ? kStages - 1 : slot - 1));
+    const int at = 8 * (slot == 0 ? kStages - 1 : slot - 1);
+    ptx::mbarrier_arrive(empty + at);
+    if (peer_empty) ptx::mbarrier_arrive_in_block(peer_empty + at);
   }
 
   // A tile's stages, where this warpgroup has no piece of it.
@@ -153,12 +161,12 @@ struct PrefillConsumer {
       ptx::store_matrices_transposed(at + j * 8 * 128, pairs);
     }
     ptx::sync_warpgroup(warpgroup);
-    const int tokens = min(kTokens, p.m - tile.token());
-    for (int i = thread; i < tokens * 8; i += 128) {
+    const int first = tile.first_token(), tokens = min(kTokens, p.m - first);
+    for (int i = (tile.token() - first) * 8 + thread; i < tokens * 8; i += 128) {
       const int token = i / 8, chunk = i % 8;
       const auto value =
           *reinterpret_cast<const uint4*>(buffer + token * 128 + (chunk ^ token % 8) * 16);
-      store_chunk(value, tile.token() + token, row + chunk * 8);
+      store_chunk(value, first + token, row + chunk * 8);
     }
     ptx::sync_warpgroup(warpgroup);  // the next tile's outputs come to the same place
   }
@@ -192,16 +200,17 @@ struct PrefillConsumer {
   // Adds the cluster's sums in the order of rank and stores this block's share of the tokens.
   __device__ void store_share(const TileCursor<Element, S>& tile) const {
     constexpr int kChunks = S::kRows / 8;
-    const int rank = static_cast<int>(blockIdx.x) % p.cluster;
-    const int share = (kTokens + p.cluster - 1) / p.cluster, first = rank * share;
-    const int tokens = min(share, min(kTokens, p.m - tile.token()) - first);
+    const ClusterPlace place(p);
+    const int share = (kTokens + p.k_shares - 1) / p.k_shares, first = place.k_rank() * share;
+    const int first_token = tile.first_token(), begin = tile.token() - first_token;
+    const int tokens = min(share, min(kTokens, p.m - first_token) - first);
     for (int i = static_cast<int>(threadIdx.x); i < tokens * kChunks; i += S::kConsumers) {
       const int token = first + i / kChunks, chunk = i % kChunks;
-      if (chunk >= tile.pieces() * 8) continue;
+      if (token < begin || chunk >= tile.pieces() * 8) continue;
       const int row = tile.row_block() * 64 + chunk * 8;
       const uint32_t at = ptx::shared_address(shared) + (token * S::kSumStride + chunk * 8) * 4;
       float sum[8] = {};
-      for (int from = 0; from < p.cluster; ++from) ptx::add_from_block(sum, at, from);
+      for (int i = 0; i < p.k_shares; ++i) ptx::add_from_block(sum, at, place.with_rows(i));
       uint4 value;
       uint32_t* pairs = &value.x;
 #pragma unroll
@@ -209,7 +218,7 @@ struct PrefillConsumer {
         pairs[j] = round_pair<Element>(sum[2 * j] + bias_of(row + 2 * j),
                                        sum[2 * j + 1] + bias_of(row + 2 * j + 1));
       }
-      store_chunk(value, tile.token() + token, row);
+      store_chunk(value, first_token + token, row);
     }
   }
 
@@ -221,7 +230,7 @@ struct PrefillConsumer {
       } else {
         skip(tile.stages());
       }
-      if (p.cluster == 1) {
+      if (p.k_shares == 1) {
         if (works) store_piece(tile);
         continue;
       }

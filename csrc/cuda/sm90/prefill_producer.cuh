@@ -26,7 +26,7 @@ struct PrefillProducer {
       if (warp == 0) copy_weights(tile);
       if (warp == 1) copy_input(tile);
       if (warp == 2) copy_scales(tile);
-      if (p.cluster > 1) {  // the sums of a shared tile lie where the stages were
+      if (p.k_shares > 1) {  // the sums of a shared tile lie where the stages were
         ptx::cluster_sync();
         ptx::cluster_sync();
       }
@@ -57,16 +57,26 @@ struct PrefillProducer {
     }
   }
 
+  // Blocks that share activations copy an equal part of the tokens each, into all of them.
   __device__ void copy_input(const Cursor& tile) {
-    const int token = tile.token();
+    const ClusterPlace place = tile.place();
+    const int part = S::kTokens / place.input_shares * place.row_rank();
+    const int bytes = p.input_tokens * place.input_shares * S::kTile.stage_k() * 2;
+    const int token = tile.first_token() + part;
+    const auto blocks =
+        static_cast<uint16_t>(((1 << place.input_shares) - 1) << place.with_input(0));
     int block = tile.first_stage() * S::kStageBlocks;
     const int last = block + tile.stages() * S::kStageBlocks;
 #pragma unroll 1
     for (; block < last; block += S::kStageBlocks) {
       ring.fill([&](int slot, uint32_t barrier) {
-        const uint32_t stage = shared + slot * S::kStageBytes;
-        ptx::mbarrier_arrive_expect(barrier, S::kTile.input_bytes());
-        ptx::tensor_copy(stage + S::kInputAt, p.input, 0, token, block, barrier);
+        const uint32_t to = shared + slot * S::kStageBytes + S::kInputAt;
+        ptx::mbarrier_arrive_expect(barrier, bytes);
+        if (p.input_shares == 1) {
+          ptx::tensor_copy(to, p.input, 0, token, block, barrier);
+        } else {
+          ptx::tensor_copy_to_blocks(to + part * 128, p.input, 0, token, block, barrier, blocks);
+        }
       });
     }
   }

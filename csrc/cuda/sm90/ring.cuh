@@ -38,6 +38,9 @@ struct RingConsumer {
   // Every thread arrives. One arrival per warp would do, but compute-sanitizer takes it for a race, and
   // it is no faster.
   __device__ __forceinline__ void release() const { ptx::mbarrier_arrive(empty + 8 * slot); }
+  __device__ __forceinline__ void release_previous() const {
+    ptx::mbarrier_arrive(empty + 8 * (slot < kStep ? slot + kStages - kStep : slot - kStep));
+  }
 };
 
 }  // namespace marlin::cuda::sm90
