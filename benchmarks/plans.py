@@ -13,12 +13,13 @@ CLUSTERS = {"sm80": (1,), "sm90_decode": (1, 2), "sm90_prefill": tuple(range(1, 
 
 
 def candidates(m: int) -> list[tuple[int, str, int]]:
-    """The (id, name, cluster) of everything that can run ``m`` tokens on this GPU."""
+    """The (id, name, cluster) of every kernel for dense weights that can run ``m`` tokens here."""
     hopper = torch.cuda.get_device_capability() == (9, 0)
     shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
     return [
         (kernel["id"], kernel["name"], cluster)
         for kernel in _inspect.plans()
+        if not kernel["sparse"]
         for cluster in CLUSTERS[kernel["family"]]
         if (hopper or kernel["family"] == "sm80")
         and kernel["shared_bytes"] <= shared

@@ -3,7 +3,11 @@
 from typing import Any
 
 def plans() -> list[dict[str, Any]]:
-    """Every compiled GEMM kernel: id, name, tile, threads, shared memory, and why it exists."""
+    """Every compiled GEMM kernel: id, name, tile, threads, shared memory, and why it exists.
+
+    ``sparse``: for 2:4 sparse weights, or else for dense ones. ``rounds_weights``: multiplies by
+    what ``dequantize`` makes of them, or else by their exact values.
+    """
 
 def plan_for(
     m: int,
@@ -12,14 +16,17 @@ def plan_for(
     *,
     group_size: int = 128,
     bf16: bool = False,
+    sparse: bool = False,
     sm: int,
     sms: int,
 ) -> dict[str, Any]:
     """The kernel and the partition chosen for a problem on a device.
 
-    ``sm`` is the compute capability times ten, ``sms`` the number of multiprocessors. How many
-    clusters of blocks fit is guessed from it; a call asks the device, and may differ. Raises
-    ``ValueError`` for sizes below 1 or another group size, ``RuntimeError`` where no kernel runs.
+    ``sparse``: of a 2:4 sparse weight. ``sm`` is the compute capability times ten, ``sms`` the
+    number of multiprocessors. How many clusters of blocks fit is guessed from it; a call asks the
+    device, and may differ. Raises
+    ``ValueError`` for sizes below 1, another group size, or a K of a 2:4 sparse weight that is no
+    multiple of 4; ``RuntimeError`` where no kernel runs.
     """
 
 def build_info() -> dict[str, str]:
@@ -31,12 +38,11 @@ def kernel_attributes(id: int, *, bf16: bool = False) -> dict[str, int]:
     Asks the current CUDA device; raises ``RuntimeError`` without one, or for an unknown id.
     """
 
-def force_plan(
-    id: int = -1, *, sms: int = 0, cluster: int = 0, input_shares: int = 0
-) -> None:
+def force_plan(id: int = -1, *, sms: int = 0, cluster: int = 0, input_shares: int = 0) -> None:
     """For tests and benchmarks: until called again, every CUDA gemm that can runs kernel ``id``.
 
     -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as
     many as it has). ``cluster``: how many blocks share K, on Hopper (0: one). Raises
-    ``RuntimeError`` for an unknown id, a cluster above 8, or without CUDA kernels.
+    ``RuntimeError`` for an unknown id, a cluster above 8, or without CUDA kernels. A gemm of the
+    other kind of weight (``sparse``) then raises it.
     """

@@ -131,6 +131,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
                     arguments.k,
                     group_size=arguments.group_size,
                     bf16=arguments.dtype == "bfloat16",
+                    sparse=arguments.sparse,
                     **gpu,
                 ),
             }
@@ -215,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--k", type=_count, required=True, help="input features")
     command.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
     command.add_argument("--dtype", choices=DTYPES, default="float16")
+    command.add_argument("--sparse", action="store_true", help="the weight is 2:4 sparse")
     command.add_argument(
         "--sm", type=_count, help="compute capability, for example 90 (default: the GPU's)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # reference.py, operands.py, checkpoints.py
 
 import marlin  # noqa: F401 - loads the ops
+from marlin import _inspect
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,3 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
+
+
+@pytest.fixture
+def planner() -> Iterator[None]:
+    """Leaves the choice of kernels to the planner again after a test that has forced some."""
+    yield
+    _inspect.force_plan()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import reference
@@ -27,8 +28,13 @@ class Weight:
     def k(self) -> int:
         return self.q.size(1)
 
-    def gemm(self, x: Tensor) -> Tensor:
-        return torch.ops.marlin.gemm(x, self.qweight, self.scales, self.zeros, self.perm, self.bias)
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the op takes after the input."""
+        return self.qweight, self.scales, self.zeros, self.perm, self.bias
+
+    def gemm(self, x: Tensor, *, static_weights: bool = False) -> Tensor:
+        return torch.ops.marlin.gemm(x, *self.tensors, static_weights=static_weights)
 
     def dense64(self) -> Tensor:
         return reference.dequantize64(self.qweight, self.scales, self.zeros, self.perm, self.k)
@@ -75,9 +81,92 @@ def make_weight(
     )
 
 
-def make_input(m: int, k: int, *, dtype: torch.dtype, device: str = "cpu", seed: int = 1) -> Tensor:
+def make_input(
+    m: int,
+    k: int,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    integers: bool = False,
+    seed: int = 1,
+) -> Tensor:
+    """Random activations. ``integers``: of -2 to 2, for weights of the same option."""
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(m, k, generator=g).to(dtype).to(device)
+    x = torch.randint(-2, 3, (m, k), generator=g) if integers else torch.randn(m, k, generator=g)
+    return x.to(dtype).to(device)
+
+
+@dataclass
+class Weight24:
+    """The tensors of a 2:4 sparse weight, and the same weight dense: fp64 [N, K], on the CPU."""
+
+    dense: Tensor
+    qweight: Tensor
+    meta: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the op takes after the input."""
+        return self.qweight, self.meta, self.scales, self.zeros, self.bias
+
+    def gemm(self, x: Tensor, *, static_weights: bool = False) -> Tensor:
+        return torch.ops.marlin.gemm_24(x, *self.tensors, static_weights=static_weights)
+
+    def dense64(self) -> Tensor:
+        return self.dense.to(self.qweight.device)
+
+    def gemm64(self, x: Tensor) -> Tensor:
+        y = x.double() @ self.dense64().T
+        return y if self.bias is None else y + self.bias.double()
+
+
+def make_weight_24(
+    n: int,
+    k: int,
+    group_size: int = 128,
+    *,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cpu",
+    zeros: bool = False,
+    bias: bool = False,
+    integers: bool = False,
+    seed: int = 0,
+) -> Weight24:
+    """A random 2:4 weight, as :func:`make_weight` makes a dense one."""
+    q, mask = random_24(n, k, seed)
+    g = torch.Generator().manual_seed(seed)
+    groups = groups_of(k, group_size)
+    scales = torch.rand(groups, n, generator=g) * 0.02 + 0.001
+    if integers:
+        scales = 2.0 ** torch.randint(-2, 3, (groups, n), generator=g)
+    scales = scales.to(dtype)
+    points = torch.randint(0, 16, (groups, n), dtype=torch.uint8, generator=g)
+    group = reference.group_of_column(k, groups)
+    zero = points.double()[group].T if zeros else 8.0
+    dense = torch.where(stored(mask), (q.double() - zero) * scales.double()[group].T, 0.0)
+    qweight, meta = reference.pack_24(q, mask)
+    tensors = {
+        "qweight": qweight,
+        "meta": meta,
+        "scales": scales,
+        "zeros": points if zeros else None,
+        "bias": torch.randint(-8, 9, (n,), generator=g).to(dtype) if bias else None,
+    }
+    return Weight24(
+        dense,
+        **{name: None if t is None else t.to(device, copy=True) for name, t in tensors.items()},
+    )
+
+
+# Either kind of weight, and every option that it has.
+Maker = Callable[..., Weight | Weight24]
+ALL_OPTIONS: dict[Maker, dict[str, bool]] = {
+    make_weight: {"zeros": True, "perm": True, "bias": True},
+    make_weight_24: {"zeros": True, "bias": True},
+}
 
 
 def random_24(n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:

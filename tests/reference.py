@@ -163,13 +163,13 @@ def rms(t: Tensor) -> float:
     return float(t.double().square().mean().sqrt())
 
 
-def rounds_weights(m: int, n: int, k: int) -> bool:
+def rounds_weights(m: int, n: int, k: int, *, sparse: bool = False) -> bool:
     """Whether the GEMM that the planner takes on this GPU rounds weights to the inputs' type."""
     from marlin import _inspect
 
     major, minor = torch.cuda.get_device_capability()
     sms = torch.cuda.get_device_properties().multi_processor_count
-    plan = _inspect.plan_for(m, n, k, sm=10 * major + minor, sms=sms)
+    plan = _inspect.plan_for(m, n, k, sparse=sparse, sm=10 * major + minor, sms=sms)
     return bool(plan["kernel"]["rounds_weights"])
 
 
@@ -180,18 +180,19 @@ def assert_close(
     bias: Tensor | None = None,
     *,
     rounded: bool | None = None,
+    sparse: bool = False,
 ) -> None:
     """y against x times the fp64 weight [N, K].
 
     Element by element within :func:`error_bound`; and as a whole within 1.1 times the error of
     rounding the exact result once, which a second rounding on the way (1.4 times) would exceed.
     Where the kernel multiplies weights ``rounded`` to x's type, as ``dequantize`` returns them, the
-    reference does so too. None: as :func:`rounds_weights` says.
+    reference does so too. None: as :func:`rounds_weights` says, of a 2:4 ``sparse`` weight or not.
     """
     x64, w64 = x.double(), weight64.to(x.device)
     if rounded is None:
         rows = y.numel() // max(y.size(-1), 1)
-        rounded = x.is_cuda and rows > 0 and rounds_weights(rows, *weight64.shape)
+        rounded = x.is_cuda and rows > 0 and rounds_weights(rows, *weight64.shape, sparse=sparse)
     if rounded:
         w64 = w64.float().to(x.dtype).double()
     reference, magnitudes = x64 @ w64.T, x64.abs() @ w64.abs().T

@@ -13,33 +13,45 @@ from typing import Any
 
 import reference
 import torch
-from operands import DTYPES, make_input, make_weight
+from operands import ALL_OPTIONS, DTYPES, Maker, make_input, make_weight, make_weight_24
 
 import marlin  # noqa: F401 - loads the ops
 from marlin import _inspect
 
 SHAPES = ((72, 200, 32), (77, 301, 128), (320, 5000, 64))  # N, K, group size
+SHAPES_24 = ((72, 200, 32), (77, 300, 128), (320, 5000, 64))
 SMS = (0, 3)  # multiprocessors: on three, blocks do many units
 
 
-def multiply() -> None:
-    """Every sm80 kernel and the planner's choice, with and without every option."""
+def multiply_with(make: Maker, shapes: tuple[tuple[int, int, int], ...], family: str) -> None:
+    """Every kernel of an sm80 family and the planner's choice, with and without every option."""
+    ids = [kernel["id"] for kernel in _inspect.plans() if kernel["family"] == family]
     for dtype in DTYPES:
-        for n, k, group_size in SHAPES:
-            for full in (False, True):
-                w = make_weight(
-                    n, k, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
-                )
+        for n, k, group_size in shapes:
+            for options in ({}, ALL_OPTIONS[make]):
+                w = make(n, k, group_size, dtype=dtype, device="cuda", **options)
                 dense = w.dense64()
-                ids = [kernel["id"] for kernel in _inspect.plans() if kernel["family"] == "sm80"]
                 for id in (*ids, -1):  # -1: the planner's choice, Hopper's kernels where it can
                     for sms in SMS:
                         _inspect.force_plan(id, sms=sms)
                         for m in (1, 9, 20, 70) if id == -1 else (7,):
                             x = make_input(m, k, dtype=dtype, device="cuda")
                             rounded = False if id >= 0 else None
-                            reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=rounded)
+                            reference.assert_close(
+                                w.gemm(x), x, dense, w.bias,
+                                rounded=rounded, sparse=make is make_weight_24,
+                            )  # fmt: skip
     _inspect.force_plan()
+
+
+def multiply() -> None:
+    """Dense weights."""
+    multiply_with(make_weight, SHAPES, "sm80")
+
+
+def multiply_24() -> None:
+    """2:4 sparse weights."""
+    multiply_with(make_weight_24, SHAPES_24, "sm80_24")
 
 
 def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
@@ -48,9 +60,9 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
     Of its blocks, some do a part of a tile, some one, some many.
     """
     for kernel in _inspect.plans():
-        if kernel["family"] == "sm80":
+        if kernel["family"].startswith("sm80"):
             continue
-        few = kernel["family"] == "sm90_decode"
+        few = not kernel["family"].startswith("sm90_prefill")
         for cluster, shares in ((1, 1), (2, 1)) if few else ((1, 1), (2, 1), (3, 1), (2, 2)):
             for sms in SMS:
                 ms = (1, kernel["tokens"] - 1) if few else (33, 300)
@@ -63,13 +75,15 @@ def multiply_on_hopper() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         return
     for dtype, group_size, full in ((DTYPES[0], 128, False), (DTYPES[1], 32, True)):
-        w = make_weight(
-            1000, 700, group_size, dtype=dtype, device="cuda", zeros=full, perm=full, bias=full
-        )
-        dense = w.dense64()
+        weights = {}
+        for sparse, make in ((False, make_weight), (True, make_weight_24)):
+            options = ALL_OPTIONS[make] if full else {}
+            w = make(1000, 700, group_size, dtype=dtype, device="cuda", **options)
+            weights[sparse] = w, w.dense64()
         for kernel, partition, m in hopper_cases():
             _inspect.force_plan(kernel["id"], **partition)
             x = make_input(m, 700, dtype=dtype, device="cuda")
+            w, dense = weights[kernel["sparse"]]
             rounded = kernel["rounds_weights"]
             reference.assert_close(w.gemm(x), x, dense, w.bias, rounded=rounded)
     _inspect.force_plan()
@@ -91,7 +105,12 @@ def pack() -> None:
     assert ops.dequantize_24(*sparse, w.scales, w.zeros, k=328).shape == (136, 328)
 
 
-PARTS = {"pack": pack, "multiply": multiply, "hopper": multiply_on_hopper}
+PARTS = {
+    "pack": pack,
+    "multiply": multiply,
+    "multiply_24": multiply_24,
+    "hopper": multiply_on_hopper,
+}
 
 
 def main(names: list[str]) -> int:

@@ -185,11 +185,11 @@ class TestPlan:
     def test_table(
         self, inspect: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
     ) -> None:
-        arguments = shlex.split("plan --m 1,16 --n 64 --k 128 --sm 90 --sms 132 --dtype bfloat16")
-        assert main(arguments) == 0
+        sizes = "plan --m 1,16 --n 64 --k 128 --sm 90 --sms 132"
+        assert main(shlex.split(f"{sizes} --dtype bfloat16 --sparse")) == 0
         table = [" m  kernel  blocks", " 1  decode       8", "16  decode       8"]
         assert capsys.readouterr().out.splitlines() == [*table, "decode: few tokens"]
-        options = {"group_size": 128, "bf16": True, "sm": 90, "sms": 132}
+        options = {"group_size": 128, "bf16": True, "sparse": True, "sm": 90, "sms": 132}
         assert inspect == [(1, 64, 128, options), (16, 64, 128, options)]
 
     def test_json(self, inspect: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +199,8 @@ class TestPlan:
         )
         (plan,) = json.loads(capsys.readouterr().out)
         assert (plan["m"], plan["kernel"]["stages"], plan["blocks"]) == (3, 4, 8)
-        assert inspect == [(3, 64, 128, {"group_size": 32, "bf16": False, "sm": 90, "sms": 132})]
+        options = {"group_size": 32, "bf16": False, "sparse": False, "sm": 90, "sms": 132}
+        assert inspect == [(3, 64, 128, options)]
 
     def test_refused(
         self, inspect: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
@@ -236,6 +237,9 @@ class TestPlan:
         pytest.importorskip("marlin._inspect")
         assert main(shlex.split("plan --m 1,64 --n 8192 --k 8192 --sm 90 --sms 132 --json")) == 0
         assert [plan["m"] for plan in json.loads(capsys.readouterr().out)] == [1, 64]
+        assert main(shlex.split("plan --m 1 --n 64 --k 64 --sm 80 --sms 108 --sparse --json")) == 0
+        (plan,) = json.loads(capsys.readouterr().out)
+        assert plan["kernel"]["sparse"] is True
 
     def test_bad_list(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):

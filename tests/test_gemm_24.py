@@ -8,95 +8,200 @@ from typing import Any
 import pytest
 import reference
 import torch
-from operands import DTYPES, GROUP_SIZES, groups_of, make_input, random_24, stored
+from operands import DTYPES, GROUP_SIZES, make_input, make_weight, make_weight_24
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from marlin import _inspect
+
 ops = torch.ops.marlin
 
+# Tails of quads, of blocks, of stages, of everything.
+SHAPES = [
+    (64, 128), (1, 4), (8, 12), (72, 200), (200, 332), (129, 1856), (65, 124), (127, 132),
+    (1001, 260), (576, 384), (2880, 200), (64, 7396), (10944, 64), (28672, 128),
+]  # fmt: skip
+LARGE_SHAPES = [
+    (576, 7168), (2880, 2880), (1856, 2688), (4640, 8192), (2048, 10944), (28672, 4096),
+    (4096, 14336), (4096, 4096),
+]  # fmt: skip
 
-class Weight24:
-    """A random 2:4 weight: what the op takes, and the same weight dense in fp64.
 
-    ``integers``: scales are powers of two, so that products with integers and their sums are exact.
-    """
+def check(
+    m: int, n: int, k: int, group_size: int, dtype: torch.dtype, device: str, **options: bool
+) -> None:
+    w = make_weight_24(n, k, group_size, dtype=dtype, device=device, **options)
+    x = make_input(m, k, dtype=dtype, device=device)
+    y = w.gemm(x)
+    assert y.shape == (m, n)
+    assert y.dtype == dtype
+    reference.assert_close(y, x, w.dense64(), w.bias, sparse=True)
 
-    def __init__(
-        self,
-        n: int,
-        k: int,
-        group_size: int = 128,
-        *,
-        dtype: torch.dtype = torch.float16,
-        zeros: bool = False,
-        bias: bool = False,
-        integers: bool = False,
-        seed: int = 0,
-    ) -> None:
-        q, mask = random_24(n, k, seed)
-        g = torch.Generator().manual_seed(seed)
-        groups = groups_of(k, group_size)
-        scales = torch.rand(groups, n, generator=g) * 0.02 + 0.001
-        if integers:
-            scales = 2.0 ** torch.randint(-2, 3, (groups, n), generator=g)
-        self.scales = scales.to(dtype)
-        points = torch.randint(0, 16, (groups, n), dtype=torch.uint8, generator=g)
-        self.zeros = points if zeros else None
-        self.bias = torch.randint(-8, 9, (n,), generator=g).to(dtype) if bias else None
-        self.qweight, self.meta = ops.pack_24(q, mask)
-        group = reference.group_of_column(k, groups)
-        zero = points.double()[group].T if zeros else 8.0
-        weight = (q.double() - zero) * self.scales.double()[group].T
-        self.dense64 = torch.where(stored(mask), weight, 0.0)
 
-    def gemm(self, x: Tensor) -> Tensor:
-        return ops.gemm_24(x, self.qweight, self.meta, self.scales, self.zeros, self.bias)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(device: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    for m in (1, 7, 16, 33):
+        check(m, *shape, 128, dtype, device)
+        check(m, *shape, 32, dtype, device, zeros=True, bias=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
-def test_against_fp64(group_size: int, dtype: torch.dtype, options: bool) -> None:
-    for n, k in ((64, 128), (1, 4), (72, 200), (200, 332), (129, 1856), (576, 384)):
-        w = Weight24(n, k, group_size, dtype=dtype, zeros=options, bias=options)
-        for m in (1, 3, 4, 17, 130):
-            x = make_input(m, k, dtype=dtype)
-            reference.assert_close(w.gemm(x), x, w.dense64, w.bias, rounded=False)
+@pytest.mark.parametrize("zeros", [False, True], ids=["sym", "asym"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_options(device: str, bias: bool, zeros: bool, group_size: int, dtype: torch.dtype) -> None:
+    for n, k in ((192, 384), (200, 328), (77, 1300)):
+        for m in (1, 3, 12, 17, 70, 130):
+            check(m, n, k, group_size, dtype, device, zeros=zeros, bias=bias)
 
 
-def test_every_number_of_tokens() -> None:
-    w = Weight24(72, 200, 64, zeros=True, bias=True)
-    x = make_input(130, 200, dtype=torch.float16)
-    for m in range(131):
-        y = w.gemm(x[:m])
-        assert y.shape == (m, 72)
-        reference.assert_close(y, x[:m], w.dense64, w.bias, rounded=False)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_of_tokens(device: str, dtype: torch.dtype) -> None:
+    n, k = 136, 456
+    w = make_weight_24(n, k, 64, dtype=dtype, device=device, zeros=True, bias=True)
+    dense = w.dense64()
+    for m in [*range(131), 200, 257, 1000, 4099]:
+        x = make_input(m, k, dtype=dtype, device=device, seed=m)
+        y = w.gemm(x)
+        assert y.shape == (m, n)
+        reference.assert_close(y, x, dense, w.bias, sparse=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+def test_large_shapes(shape: tuple[int, int]) -> None:
+    symmetric = make_weight_24(*shape, 128, device="cuda")
+    asymmetric = make_weight_24(*shape, 32, dtype=torch.bfloat16, device="cuda", zeros=True)
+    for w in (symmetric, asymmetric):
+        dense = w.dense64()
+        for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 300):
+            x = make_input(m, shape[1], dtype=w.scales.dtype, device="cuda", seed=m)
+            reference.assert_close(w.gemm(x), x, dense, sparse=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-def test_one_hot_inputs_read_out_the_weight(group_size: int, dtype: torch.dtype) -> None:
+def test_one_hot_inputs_read_out_the_weight(
+    device: str, group_size: int, dtype: torch.dtype
+) -> None:
     """Token i is the i-th unit vector, so y is the transposed weight, to the last bit."""
-    w = Weight24(136, 328, group_size, dtype=dtype, zeros=True)
-    y = w.gemm(torch.eye(328, dtype=dtype))
-    assert torch.equal(y, w.dense64.T.float().to(dtype))
+    w = make_weight_24(136, 328, group_size, dtype=dtype, device=device, zeros=True)
+    x = torch.eye(328, dtype=dtype, device=device)
+    expected = w.dense64().T.float().to(dtype)
+    assert torch.equal(w.gemm(x), expected)
     dense = ops.dequantize_24(w.qweight, w.meta, w.scales, w.zeros, k=328)
-    assert torch.equal(y, dense.T)
+    assert torch.equal(expected, dense.T)
+    for m in (5, 12, 24, 40):  # and through the kernels for few tokens
+        for first in range(0, 328, m):
+            rows = slice(first, first + m)
+            assert torch.equal(w.gemm(x[rows]), expected[rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_of_small_integers_are_exact(dtype: torch.dtype) -> None:
-    w = Weight24(136, 1024, 64, dtype=dtype, zeros=True, integers=True)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("k", [1024, 2904, 10956])
+def test_sums_of_small_integers_are_exact(
+    device: str, k: int, group_size: int, dtype: torch.dtype
+) -> None:
+    w = make_weight_24(
+        136, k, group_size, dtype=dtype, device=device, zeros=True, bias=True, integers=True
+    )
     g = torch.Generator().manual_seed(3)
-    x = torch.zeros(40, 1024)
-    for token in range(40):  # few places, so that the output's rounding does nothing
-        x[token, torch.randint(0, 1024, (2,), generator=g)] = 1 - 2 * (token % 2)
-    expected = x.double() @ w.dense64.T
-    assert torch.equal(w.gemm(x.to(dtype)), expected.to(dtype))
+    for m in (1, 8, 13, 32, 64, 100):
+        x = torch.zeros(m, k)
+        for token in range(m):  # few places, so that the output's rounding does nothing
+            x[token, torch.randint(0, k, (1,), generator=g)] = 1 - 2 * (token % 2)
+        x[:, -1] = 1
+        x = x.to(dtype).to(device)
+        assert torch.equal(w.gemm(x), w.gemm64(x).to(dtype))
 
 
-def test_same_input_same_bits_whatever_the_threads() -> None:
-    w = Weight24(576, 1856)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_at_places_not_stored_do_not_matter(device: str, dtype: torch.dtype) -> None:
+    """Of the first row's quads: other rows store other places, and see the difference. Finite ones,
+    since a CPU multiplies them by zero."""
+    w = make_weight_24(72, 264, 64, dtype=dtype, device=device, zeros=True)
+    _, stored = ops.unpack_24(w.qweight, w.meta, 72, 264)
+    elsewhere = ~stored[0]
+    for m in (1, 12, 30, 70):
+        x = make_input(m, 264, dtype=dtype, device=device)
+        changed = torch.where(elsewhere, torch.finfo(dtype).max, x)
+        assert torch.equal(w.gemm(changed)[:, 0], w.gemm(x)[:, 0])
+        assert not torch.equal(w.gemm(changed), w.gemm(x))
+
+
+def kernels() -> list[dict[str, Any]]:
+    """Those that every GPU has; test_gemm_24_hopper.py tests the others."""
+    return [kernel for kernel in _inspect.plans() if kernel["family"] == "sm80_24"]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("planner")
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sms", [0, 3], ids=["all-sms", "3-sms"])
+def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
+    """Also those that the planner keeps for other GPUs; and with long runs of work per block."""
+    n, k = 712, 5000
+    group_size = 32 if options else 128
+    w = make_weight_24(n, k, group_size, dtype=dtype, device="cuda", zeros=options, bias=options)
+    dense = w.dense64()
+    inputs = [make_input(m, k, dtype=dtype, device="cuda") for m in (1, 11, 30, 61, 97, 150)]
+    for kernel in kernels():
+        _inspect.force_plan(kernel["id"], sms=sms)
+        for x in inputs:
+            y = w.gemm(x)
+            reference.assert_close(y, x, dense, w.bias, rounded=False)
+            assert torch.equal(w.gemm(x), y), kernel["name"]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("planner")
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_hot_inputs_through_every_kernel(dtype: torch.dtype, group_size: int) -> None:
+    """Every column of several blocks, every row, both selectors."""
+    n, k = 200, 1100
+    w = make_weight_24(n, k, group_size, dtype=dtype, device="cuda", zeros=True)
+    x = torch.eye(k, dtype=dtype, device="cuda")
+    expected = w.dense64().T.float().to(dtype)
+    for kernel in kernels():
+        _inspect.force_plan(kernel["id"])
+        for m in (kernel["tokens"], k):
+            for first in range(0, k, m):
+                rows = slice(first, first + m)
+                assert torch.equal(w.gemm(x[rows]), expected[rows]), kernel["name"]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("planner")
+def test_kernels_for_the_other_kind_of_weight_are_refused() -> None:
+    x = make_input(3, 128, dtype=torch.float16, device="cuda")
+    weights = {
+        False: make_weight(64, 128, device="cuda"),
+        True: make_weight_24(64, 128, device="cuda"),
+    }
+    for kernel in _inspect.plans():
+        _inspect.force_plan(kernel["id"])
+        other = weights[not kernel["sparse"]]
+        with pytest.raises(
+            RuntimeError, match=rf"kernel {kernel['id']} is for .* weights, this one is"
+        ):
+            other.gemm(x)
+
+
+def test_equal_bits_every_time(device: str) -> None:
+    for m, n, k in ((1, 1024, 4096), (16, 576, 7168), (33, 256, 2880), (130, 320, 1024)):
+        w = make_weight_24(n, k, device=device)
+        x = make_input(m, k, dtype=torch.float16, device=device)
+        first = w.gemm(x)
+        for _ in range(5):
+            assert torch.equal(w.gemm(x), first)
+
+
+def test_same_bits_whatever_the_threads() -> None:
+    w = make_weight_24(576, 1856)
     x = make_input(33, 1856, dtype=torch.float16)
     threads = torch.get_num_threads()
     try:
@@ -108,45 +213,50 @@ def test_same_input_same_bits_whatever_the_threads() -> None:
         torch.set_num_threads(threads)
 
 
-def test_shapes_and_strides() -> None:
-    w = Weight24(72, 200, bias=True)
-    x = make_input(6, 200, dtype=torch.float16)
+def test_shapes_and_strides(device: str) -> None:
+    w = make_weight_24(72, 200, device=device, bias=True)
+    x = make_input(6, 200, dtype=torch.float16, device=device)
     y = w.gemm(x)
-    assert torch.equal(w.gemm(x[0]), y[0])
+    assert torch.equal(w.gemm(x[0])[None], w.gemm(x[:1]))
     assert torch.equal(w.gemm(x.view(2, 3, 200)), y.view(2, 3, 72))
     assert torch.equal(w.gemm(x.view(2, 3, 200).transpose(0, 1)), y.view(2, 3, 72).transpose(0, 1))
-    assert torch.equal(w.gemm(torch.cat([x, x], 1)[:, :200]), y)
     assert w.gemm(x.view(6, 1, 200)[:, :0]).shape == (6, 0, 72)
+    wide = torch.full((6, 456), float("nan"), dtype=torch.float16, device=device)
+    for first in (0, 8, 3):  # the last starts between 16-byte boundaries
+        columns = slice(first, first + 200)
+        wide[:, columns] = x
+        assert torch.equal(w.gemm(wide[:, columns]), y), "something leaked from beside the input"
+        wide.fill_(float("nan"))
+    assert torch.equal(w.gemm(x[:1].expand(5, 200)), w.gemm(x[:1].repeat(5, 1)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
-def test_opcheck(dtype: torch.dtype, options: bool) -> None:
-    w = Weight24(136, 264, 64, dtype=dtype, zeros=options, bias=options)
-    x = make_input(6, 264, dtype=dtype).view(2, 3, 264)
-    weight = (w.qweight, w.meta, w.scales, w.zeros, w.bias)
-    torch.library.opcheck(ops.gemm_24.default, (x, *weight))
-    torch.library.opcheck(ops.gemm_24.default, (x, *weight), {"static_weights": True})
-    torch.library.opcheck(ops.gemm_24.default, (x.detach().requires_grad_(), *weight))
+def test_nothing_leaks_from_padding(device: str) -> None:
+    """K that ends within a block, within 8 columns, or not; next to it there is no number."""
+    for k in (72, 76, 124, 128, 132, 252):
+        w = make_weight_24(72, k, 32, device=device, zeros=True)
+        wide = torch.full((4, 256), float("nan"), dtype=torch.float16, device=device)
+        wide[:, :k] = make_input(4, k, dtype=torch.float16, device=device)
+        assert bool(w.gemm(wide[:, :k]).isfinite().all()), k
 
 
-def test_compile_without_breaks() -> None:
-    w = Weight24(136, 264, 64, bias=True)
+@pytest.mark.gpu
+def test_misaligned_scales_and_zeros() -> None:
+    """Tensors that start between 16-byte boundaries, as views into larger ones may."""
+    w = make_weight_24(128, 256, 64, device="cuda", zeros=True)
+    assert w.zeros is not None
+    x = make_input(5, 256, dtype=torch.float16, device="cuda")
+    expected = w.gemm(x)
+    scales, zeros = misaligned(w.scales, 1), misaligned(w.zeros, 1)
+    assert torch.equal(ops.gemm_24(x, w.qweight, w.meta, scales, w.zeros), expected)
+    assert torch.equal(ops.gemm_24(x, w.qweight, w.meta, w.scales, zeros), expected)
 
-    def forward(x: Tensor) -> Tensor:
-        return torch.relu(w.gemm(x * 2)) + 1
 
-    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
-    x = make_input(5, 264, dtype=torch.float16)
-    assert torch.equal(compiled(x), forward(x))
-
-
-def test_gradients() -> None:
-    w = Weight24(72, 200, 64, zeros=True, bias=True)
+def test_gradients(device: str) -> None:
+    w = make_weight_24(72, 200, 64, device=device, zeros=True, bias=True)
     assert w.bias is not None
-    x = make_input(7, 200, dtype=torch.float16).requires_grad_()
+    x = make_input(7, 200, dtype=torch.float16, device=device).requires_grad_()
     w.bias.requires_grad_()
-    grad = make_input(7, 72, dtype=torch.float16, seed=2)
+    grad = make_input(7, 72, dtype=torch.float16, device=device, seed=2)
     w.gemm(x).backward(grad)
     expected = grad @ ops.dequantize_24(w.qweight, w.meta, w.scales, w.zeros, k=200)
     assert x.grad is not None
@@ -155,7 +265,7 @@ def test_gradients() -> None:
 
 
 def arguments() -> dict[str, Any]:
-    w = Weight24(72, 136, 32, zeros=True, bias=True)
+    w = make_weight_24(72, 136, 32, zeros=True, bias=True)
     x = make_input(3, 136, dtype=torch.float16)
     return {
         "input": x, "qweight": w.qweight, "meta": w.meta, "scales": w.scales, "zeros": w.zeros,
@@ -206,9 +316,9 @@ def test_wrong_argument(name: str, change: Callable[[Tensor], Tensor], pattern: 
     assert str(fake.value).splitlines()[0] == message
 
 
-def misaligned(t: Tensor) -> Tensor:
-    """The same values, starting 4 bytes past an aligned address."""
-    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+def misaligned(t: Tensor, elements: int) -> Tensor:
+    """The same values, starting so many elements past an aligned address."""
+    return torch.cat([t.flatten()[:elements], t.flatten()])[elements:].view(t.shape)
 
 
 def falling_places(meta: Tensor) -> Tensor:
@@ -221,7 +331,16 @@ def falling_places(meta: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "change", "pattern"),
     [
-        ("qweight", misaligned, r"qweight must start at a 16-byte boundary; call qweight\.clone"),
+        (
+            "qweight",
+            lambda t: misaligned(t, 1),
+            r"qweight must start at a 16-byte boundary; call qweight\.clone",
+        ),
+        (
+            "meta",
+            lambda t: misaligned(t, 2),
+            r"meta must start at a 16-byte boundary; call meta\.clone",
+        ),
         (
             "meta",
             falling_places,
@@ -229,7 +348,7 @@ def falling_places(meta: Tensor) -> Tensor:
             r"make it with pack_24",
         ),
     ],
-    ids=["address", "places"],
+    ids=["qweight-address", "meta-address", "places"],
 )
 def test_wrong_value(name: str, change: Callable[[Tensor], Tensor], pattern: str) -> None:
     """Faults of values or addresses, which fake tensors do not have."""
@@ -238,6 +357,17 @@ def test_wrong_value(name: str, change: Callable[[Tensor], Tensor], pattern: str
 
 
 @pytest.mark.gpu
-def test_cuda_is_refused_by_name() -> None:
-    with pytest.raises(RuntimeError, match=r"qweight is on cuda:0; there are kernels for the CPU"):
-        ops.gemm_24(**{name: tensor.cuda() for name, tensor in arguments().items()})
+def test_wrong_places_are_harmless_on_cuda() -> None:
+    """They are not looked for there, since that would wait for the device: any output, no fault."""
+    cuda = {name: tensor.cuda() for name, tensor in arguments().items()}
+    for meta in (falling_places(cuda["meta"]), torch.full_like(cuda["meta"], -1)):
+        assert ops.gemm_24(**cuda | {"meta": meta}).shape == (3, 72)
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_tensors_on_two_devices() -> None:
+    cuda = {name: tensor.cuda() for name, tensor in arguments().items()}
+    for name in cuda:
+        with pytest.raises(RuntimeError, match="move them to one device"):
+            ops.gemm_24(**cuda | {name: cuda[name].cpu()})

@@ -30,6 +30,7 @@ def test_plans_are_numbered_and_explained() -> None:
         ({"k": 0}, "m, n and k must be at least 1"),
         ({"sms": 0}, "sms .multiprocessors. must be at least 1"),
         ({"group_size": 48}, "group_size must be -1, 32, 64 or 128, got 48"),
+        ({"sparse": True, "k": 66}, "k of a 2:4 sparse weight must be a multiple of 4, got 66"),
     ],
     ids=str,
 )
@@ -65,11 +66,27 @@ def test_kernel_attributes_refuses(id: int) -> None:
         _inspect.kernel_attributes(id)
 
 
+def test_kernels_of_one_kind_of_weight_follow_each_other() -> None:
+    """So that the numbers of the dense ones do not depend on how many others there are."""
+    sparse = [plan["sparse"] for plan in _inspect.plans()]
+    assert sparse == sorted(sparse)
+    assert any(sparse)
+
+
+@pytest.mark.parametrize(("sm", "sms"), [(80, 108), (89, 142), (90, 132), (120, 188)])
+@pytest.mark.parametrize("m", [1, 8, 9, 33, 65, 128, 500])
+def test_plan_for_keeps_the_kinds_of_weights_apart(m: int, sm: int, sms: int) -> None:
+    for sparse in (False, True):
+        plan = _inspect.plan_for(m, 4096, 4096, sm=sm, sms=sms, sparse=sparse)
+        assert plan["sparse"] is plan["kernel"]["sparse"] is sparse
+        assert plan["kernel"] in _inspect.plans()
+
+
 def test_sanitizers_reach_every_hopper_kernel() -> None:
     """Alone and in clusters, on all multiprocessors and on few; sm80 is forced one by one."""
     reached = {(kernel["name"], *partition.values()) for kernel, partition, _ in hopper_cases()}
     for plan in _inspect.plans():
-        if plan["family"] != "sm80":
+        if not plan["family"].startswith("sm80"):
             clusters = [(1, 1), (2, 1)]
             if plan["family"] == "sm90_prefill":
                 clusters += [(3, 1), (2, 2)]

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import reference
 import torch
-from operands import make_input, make_weight
+from operands import ALL_OPTIONS, Maker, Weight24, make_input, make_weight, make_weight_24
 from torch import Tensor
 
 from marlin import _inspect
 
 ops = torch.ops.marlin
 N, K = 136, 264
+both_kinds = pytest.mark.parametrize("make", [make_weight, make_weight_24], ids=["dense", "2:4"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "all-options"])
-def test_opcheck_gemm(device: str, dtype: torch.dtype, full: bool) -> None:
-    w = make_weight(N, K, 64, dtype=dtype, device=device, zeros=full, perm=full, bias=full)
+@both_kinds
+def test_opcheck_gemm(device: str, make: Maker, dtype: torch.dtype, full: bool) -> None:
+    options = ALL_OPTIONS[make] if full else {}
+    w = make(N, K, 64, dtype=dtype, device=device, **options)
+    op = ops.gemm if make is make_weight else ops.gemm_24
     x = make_input(6, K, dtype=dtype, device=device).view(2, 3, K)
-    arguments = (w.qweight, w.scales, w.zeros, w.perm, w.bias)
-    torch.library.opcheck(ops.gemm.default, (x, *arguments))
-    torch.library.opcheck(ops.gemm.default, (x, *arguments), {"static_weights": True})
-    torch.library.opcheck(ops.gemm.default, (x.detach().requires_grad_(), *arguments))
+    torch.library.opcheck(op.default, (x, *w.tensors))
+    torch.library.opcheck(op.default, (x, *w.tensors), {"static_weights": True})
+    torch.library.opcheck(op.default, (x.detach().requires_grad_(), *w.tensors))
 
 
 def test_opcheck_packing(device: str) -> None:
@@ -54,21 +58,22 @@ def test_opcheck_packing_24(device: str) -> None:
     torch.library.opcheck(ops.dequantize_24.default, (*packed, scales), {"k": K})
 
 
-def layer(device: str, dtype: torch.dtype = torch.float16):
-    w = make_weight(N, K, 64, dtype=dtype, device=device, bias=True)
+def layer(make: Maker, device: str) -> Callable[[Tensor], Tensor]:
+    w = make(N, K, 64, device=device, bias=True)
 
     def forward(x: Tensor) -> Tensor:
-        return torch.relu(ops.gemm(x * 2, w.qweight, w.scales, None, None, w.bias)) + 1
+        return torch.relu(w.gemm(x * 2)) + 1
 
     return forward
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_without_breaks_or_recompiles(device: str, backend: str) -> None:
+@both_kinds
+def test_compile_without_breaks_or_recompiles(device: str, make: Maker, backend: str) -> None:
     if device == "cpu" and backend == "inductor":
         backend = "aot_eager"  # inductor's CPU code generator is not what is tested here
     torch._dynamo.reset()
-    forward = layer(device)
+    forward = layer(make, device)
     compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend)
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     counted = torch.compile(forward, fullgraph=True, dynamic=True, backend=counter)
@@ -79,9 +84,10 @@ def test_compile_without_breaks_or_recompiles(device: str, backend: str) -> None
     assert counter.frame_count == 1
 
 
-def test_compile_backward(device: str) -> None:
+@both_kinds
+def test_compile_backward(device: str, make: Maker) -> None:
     torch._dynamo.reset()
-    forward = layer(device)
+    forward = layer(make, device)
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
     x = make_input(5, K, dtype=torch.float16, device=device).requires_grad_()
     y = x.detach().clone().requires_grad_()
@@ -92,16 +98,23 @@ def test_compile_backward(device: str) -> None:
     torch.testing.assert_close(x.grad, y.grad)
 
 
-def test_export(device: str) -> None:
+@both_kinds
+def test_export(device: str, make: Maker) -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            w = make_weight(N, K, device=device)
+            w = make(N, K, device=device)
             self.register_buffer("qweight", w.qweight)
             self.register_buffer("scales", w.scales)
+            # Not as "meta": an exported module has an attribute of that name.
+            self.register_buffer("places", w.meta if isinstance(w, Weight24) else None)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = ops.gemm(x, self.qweight, self.scales)
+            out: Tensor
+            if self.places is None:
+                out = ops.gemm(x, self.qweight, self.scales)
+            else:
+                out = ops.gemm_24(x, self.qweight, self.places, self.scales)
             return out
 
     model, x = Model(), make_input(8, K, dtype=torch.float16, device=device)
@@ -114,9 +127,10 @@ def test_export(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 16, 40, 200])
-def test_cuda_graph(m: int) -> None:
+@both_kinds
+def test_cuda_graph(make: Maker, m: int) -> None:
     """Capture, then replay on new inputs: equal to eager, bit for bit."""
-    w = make_weight(576, 2880, 32, device="cuda", zeros=True, perm=True, bias=True)
+    w = make(576, 2880, 32, device="cuda", **ALL_OPTIONS[make])
     x = make_input(m, 2880, dtype=torch.float16, device="cuda")
     w.gemm(x)
     graph = torch.cuda.CUDAGraph()
@@ -171,20 +185,22 @@ def test_capture_keeps_the_programmatic_edges(m: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize("m", [3, 100, 300])
-def test_weights_written_just_before(m: int, captured: bool) -> None:
+@both_kinds
+def test_weights_written_just_before(make: Maker, m: int, captured: bool) -> None:
     """Each product follows a kernel that writes its weights: nothing may be read too early."""
-    w = [make_weight(4096, 4096, device="cuda", seed=seed) for seed in range(2)]
+    w = [make(4096, 4096, device="cuda", seed=seed) for seed in range(2)]
     x = make_input(m, 4096, dtype=torch.float16, device="cuda")
     expected = [weight.gemm(x) for weight in w]
-    qweight, scales = w[0].qweight.clone(), w[0].scales.clone()
+    written = copy.deepcopy(w[0])
 
     def steps(count: int) -> list[Tensor]:
         results = []
         for i in range(count):
-            qweight.copy_(w[i % 2].qweight)
-            scales.copy_(w[i % 2].scales)
-            results.append(ops.gemm(x, qweight, scales))
-            results.append(ops.gemm(x, qweight, scales, static_weights=True))
+            for to, tensor in zip(written.tensors, w[i % 2].tensors, strict=True):
+                if to is not None:
+                    to.copy_(tensor)
+            results.append(written.gemm(x))
+            results.append(written.gemm(x, static_weights=True))
         return results
 
     def check(results: list[Tensor]) -> None:
@@ -215,22 +231,23 @@ def multiprocessors(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("multiprocessors", [0, 3], indirect=True, ids=["all-sms", "3-sms"])
 @pytest.mark.parametrize("m", [7, 100, 300])
-def test_chain_of_layers_equals_eager(m: int, multiprocessors: int) -> None:
+@both_kinds
+def test_chain_of_layers_equals_eager(make: Maker, m: int, multiprocessors: int) -> None:
     """64 distinct layers, each fed by the one before, in one graph with early weight reads."""
-    layers = [make_weight(1024, 1024, device="cuda", seed=seed) for seed in range(64)]
+    layers = [make(1024, 1024, device="cuda", seed=seed) for seed in range(64)]
     x = make_input(m, 1024, dtype=torch.float16, device="cuda")
 
     def chain(static: bool) -> Tensor:
         y = x
         for w in layers:
-            y = ops.gemm(y, w.qweight, w.scales, static_weights=static)
+            y = w.gemm(y, static_weights=static)
             y = y / y.abs().amax()
         return y
 
     eager = []
     y = x
     for w in layers:  # one at a time, nothing overlapping
-        y = ops.gemm(y, w.qweight, w.scales)
+        y = w.gemm(y)
         torch.cuda.synchronize()
         y = y / y.abs().amax()
         eager.append(y)
@@ -244,9 +261,10 @@ def test_chain_of_layers_equals_eager(m: int, multiprocessors: int) -> None:
 
 
 @pytest.mark.gpu
-def test_reduce_overhead() -> None:
+@both_kinds
+def test_reduce_overhead(make: Maker) -> None:
     torch._dynamo.reset()
-    forward = layer("cuda")
+    forward = layer(make, "cuda")
     compiled = torch.compile(forward, fullgraph=True, mode="reduce-overhead")
     x = make_input(4, K, dtype=torch.float16, device="cuda")
     for _ in range(4):
@@ -254,9 +272,10 @@ def test_reduce_overhead() -> None:
 
 
 @pytest.mark.gpu
-def test_four_streams_at_once() -> None:
+@both_kinds
+def test_four_streams_at_once(make: Maker) -> None:
     """Calls that overlap on four streams of four threads share nothing: same bits as one by one."""
-    w = make_weight(4096, 4096, device="cuda")
+    w = make(4096, 4096, device="cuda")
     inputs = [
         make_input(m, 4096, dtype=torch.float16, device="cuda", seed=m) for m in (1, 9, 20, 70)
     ]
@@ -295,4 +314,6 @@ def test_device_that_is_not_current() -> None:
         w.gemm(x).sum().backward()
         assert x.grad is not None
         assert x.grad.device == torch.device(device)
+        sparse = make_weight_24(N, K, device=device)
+        reference.assert_close(sparse.gemm(x.detach()), x, sparse.dense64(), sparse=True)
     assert torch.cuda.current_device() == 0

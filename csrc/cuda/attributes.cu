@@ -16,31 +16,51 @@ namespace marlin::cuda {
 namespace {
 
 struct Compiled {
-  const void* function;
-  int shared_bytes, threads;
+  const void* function = nullptr;
+  int shared_bytes = 0, threads = 0;
 };
 
-// The first table's kernels, then the decode kernels with scales every 128 columns, then the prefill kernels.
+template <typename Element>
+Compiled compiled(const plan::Kernel& kernel) {
+  const auto function = sm80::instances<Element>(kernel.tile.sparse)[kernel.id].gemm;
+  return {reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
+          kernel.tile.threads()};
+}
+
+#ifdef MARLIN_WITH_SM90
+template <typename Element>
+Compiled compiled(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
+  const auto function = sm90::decode_instance<Element>(kernel.id, kernel.tile.sparse, 128);
+  return {reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(128),
+          kernel.tile.threads()};
+}
+
+template <typename Element>
+Compiled compiled(const plan::PrefillKernel& kernel) {
+  const auto function = sm90::prefill_instance<Element>(kernel.id, kernel.tile.sparse, 128);
+  return {reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
+          kernel.tile.threads()};
+}
+#else  // no code for Hopper
+template <typename Element, typename Kernel>
+Compiled compiled(const Kernel&) {
+  return {};
+}
+#endif
+
+// In the order of their numbers.
 template <typename Element>
 std::vector<Compiled> compiled_kernels() {
   std::vector<Compiled> out;
-  for (const plan::Kernel& kernel : plan::kernels()) {
-    const auto function = sm80::instances<Element>()[kernel.id].gemm;
-    out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
-                   kernel.tile.threads()});
-  }
-#ifdef MARLIN_WITH_SM90
-  for (const plan::DecodeKernel& kernel : plan::decode_kernels()) {
-    const auto function = sm90::decode_instance<Element>(kernel.id, 128);
-    out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(128),
-                   kernel.tile.threads()});
-  }
-  for (const plan::PrefillKernel& kernel : plan::prefill_kernels()) {
-    const auto function = sm90::prefill_instance<Element>(kernel.id, 128);
-    out.push_back({reinterpret_cast<const void*>(function), kernel.tile.shared_bytes(),
-                   kernel.tile.threads()});
-  }
-#endif
+  const auto add = [&](const auto& kernels) {
+    for (const auto& kernel : kernels) out.push_back(compiled<Element>(kernel));
+  };
+  add(plan::kernels());
+  add(plan::decode_kernels());
+  add(plan::prefill_kernels());
+  add(plan::sparse_kernels());
+  add(plan::decode_kernels(true));
+  add(plan::prefill_kernels(true));
   return out;
 }
 
@@ -55,6 +75,10 @@ KernelAttributes kernel_attributes(int id, DType dtype) {
                              std::to_string(kernels.size()));
   }
   const Compiled& kernel = kernels[id];
+  if (!kernel.function) {
+    throw std::runtime_error("marlin: kernel " + std::to_string(id) +
+                             " is for Hopper, and this build holds no code for it");
+  }
   cudaFuncAttributes a{};
   check(cudaFuncGetAttributes(&a, kernel.function), "cudaFuncGetAttributes");
   check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,

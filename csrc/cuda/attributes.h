@@ -15,13 +15,14 @@ struct KernelAttributes {
   int ptx_version;
 };
 
-// Of the GEMM kernel number `id` of the plan table.
+// Of the GEMM kernel number `id` of `marlin._inspect.plans`.
 KernelAttributes kernel_attributes(int id, DType dtype);
 
 // For tests and benchmarks: until called again, every gemm of the process that it can do runs kernel
 // `id` of `marlin._inspect.plans` (-1: whatever the planner chooses), on Hopper in clusters of
 // `cluster` blocks (0: one), of which, in prefill kernels, sets of `input_shares` (0: one) share
-// activations, as if the device had `sm_count` multiprocessors (0: as many as it has).
+// activations, as if the device had `sm_count` multiprocessors (0: as many as it has). A gemm throws
+// where its weight is 2:4 sparse and the kernel for dense ones, or vice versa.
 void force_plan(int id, int sm_count, int cluster, int input_shares);
 
 }  // namespace marlin::cuda

@@ -58,36 +58,60 @@ std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0,
 
 int kernel_count() {
   return static_cast<int>(plan::kernels().size() + plan::decode_kernels().size() +
-                          plan::prefill_kernels().size());
+                          plan::prefill_kernels().size() + plan::sparse_kernels().size() +
+                          plan::decode_kernels(true).size() + plan::prefill_kernels(true).size());
 }
+
+// The kernel of a number: one of these, or none where it is -1. The kernels of the tables are numbered
+// one after the other, as `marlin._inspect.plans` lists them.
+struct NumberedKernel {
+  const plan::Kernel* sm80 = nullptr;
+  const plan::DecodeKernel* decode = nullptr;
+  const plan::PrefillKernel* prefill = nullptr;
+  bool sparse = false;
+
+  explicit NumberedKernel(int id) {
+    const auto look = [&id](auto& kernel, const auto& table) {
+      const int size = static_cast<int>(table.size());
+      if (id >= 0 && id < size) kernel = &table[id];
+      id -= size;
+      return id < 0;
+    };
+    if (look(sm80, plan::kernels()) || look(decode, plan::decode_kernels()) ||
+        look(prefill, plan::prefill_kernels())) {
+      return;
+    }
+    sparse = look(sm80, plan::sparse_kernels()) || look(decode, plan::decode_kernels(true)) ||
+             look(prefill, plan::prefill_kernels(true));
+  }
+};
 
 // Calls `run` with the plan of the kernels that will do it.
 template <typename F>
 decltype(auto) with_plan(const Gemm& args, F&& run) {
-  if (args.meta) {  // else it would be multiplied as if it were dense
-    throw std::runtime_error(
-        "marlin::cuda::gemm: meta is given, but there are kernels for 2:4 sparse weights on the "
-        "CPU "
-        "only; multiply by what dequantize makes of the weight");
-  }
-  plan::Problem problem{args.m, args.n, args.k, args.group_size, current_device()};
+  const bool sparse = args.meta != nullptr;
+  plan::Problem problem{args.m, args.n, args.k, args.group_size, current_device(), sparse};
   if (const int sm_count = forced_sm_count) {
     problem.device.sm_count = sm_count;
     problem.device.clusters = {};
   }
-  const int forced = forced_kernel, cluster = std::max<int>(forced_cluster, 1);
-  const int decode = forced - static_cast<int>(plan::kernels().size());
-  const int prefill = decode - static_cast<int>(plan::decode_kernels().size());
-  if (forced >= 0 && decode < 0) return run(plan::plan_with(plan::kernels()[forced], problem));
+  const int number = forced_kernel;
+  const NumberedKernel forced(number);
+  if (number >= 0 && forced.sparse != sparse) {
+    throw std::runtime_error("marlin: force_plan: kernel " + std::to_string(number) + " is for " +
+                             (sparse ? "dense" : "2:4 sparse") + " weights, this one is " +
+                             (sparse ? "2:4 sparse" : "dense"));
+  }
+  if (forced.sm80) return run(plan::plan_with(*forced.sm80, problem));
 #ifdef MARLIN_WITH_SM90
   if (problem.device.wgmma) {
-    if (prefill >= 0) {
-      return run(plan::prefill_plan_with(plan::prefill_kernels()[prefill], cluster,
+    const int cluster = std::max<int>(forced_cluster, 1);
+    if (forced.prefill) {
+      return run(plan::prefill_plan_with(*forced.prefill, cluster,
                                          std::max<int>(forced_input_shares, 1), problem));
     }
-    if (decode >= 0 && plan::decode_kernels()[decode].tile.holds(args.m)) {
-      const plan::DecodeKernel& kernel = plan::decode_kernels()[decode];
-      return run(plan::decode_plan_with(kernel, std::min(cluster, 2), problem));
+    if (forced.decode && forced.decode->tile.holds(args.m)) {
+      return run(plan::decode_plan_with(*forced.decode, std::min(cluster, 2), problem));
     }
     if (const auto chosen = plan::select_decode(problem)) return run(*chosen);
     if (const auto chosen = plan::select_prefill(problem)) return run(*chosen);

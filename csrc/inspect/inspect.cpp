@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace marlin::inspect {
 namespace {
 
-// The kernels of the three tables are numbered one after the other.
+// The kernels of the tables are numbered one after the other, those for 2:4 sparse weights last.
 // `any_m`: more tokens than a tile holds make several tiles. `rounds_weights`: to the activations' type.
 template <typename Kernel>
 py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int stages,
@@ -32,6 +32,7 @@ py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int
   out["stages"] = stages;
   out["threads"] = kernel.tile.threads();
   out["shared_bytes"] = shared_bytes;
+  out["sparse"] = kernel.tile.sparse;
   out["any_m"] = any_m;
   out["rounds_weights"] = rounds_weights;
   out["reason"] = kernel.reason;
@@ -39,19 +40,31 @@ py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int
 }
 
 py::dict describe(const plan::Kernel& kernel) {
-  return describe(kernel, 0, kernel.family, kernel.tile.stages, kernel.tile.shared_bytes(), true,
-                  false);
+  const bool sparse = kernel.tile.sparse;
+  const size_t dense_kernels =
+      plan::kernels().size() + plan::decode_kernels().size() + plan::prefill_kernels().size();
+  return describe(kernel, sparse ? dense_kernels : 0, kernel.family, kernel.tile.stages,
+                  kernel.tile.shared_bytes(), true, false);
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
-  return describe(kernel, plan::kernels().size(), "sm90_decode", kernel.tile.stages(128),
+  const bool sparse = kernel.tile.sparse;
+  const size_t between = plan::decode_kernels().size() + plan::prefill_kernels().size() +
+                         plan::sparse_kernels().size();
+  return describe(kernel, plan::kernels().size() + (sparse ? between : 0),
+                  sparse ? "sm90_decode_24" : "sm90_decode", kernel.tile.stages(128),
                   kernel.tile.shared_bytes(128), kernel.tile.many_token_tiles(),
                   kernel.tile.scales_weights());
 }
 
 py::dict describe(const plan::PrefillKernel& kernel) {
-  return describe(kernel, plan::kernels().size() + plan::decode_kernels().size(), "sm90_prefill",
-                  kernel.tile.stages(), kernel.tile.shared_bytes(), true, true);
+  const bool sparse = kernel.tile.sparse;
+  const size_t between = plan::prefill_kernels().size() + plan::sparse_kernels().size() +
+                         plan::decode_kernels(true).size();
+  return describe(kernel,
+                  plan::kernels().size() + plan::decode_kernels().size() + (sparse ? between : 0),
+                  sparse ? "sm90_prefill_24" : "sm90_prefill", kernel.tile.stages(),
+                  kernel.tile.shared_bytes(), true, true);
 }
 
 py::list plans() {
@@ -59,24 +72,35 @@ py::list plans() {
   for (const plan::Kernel& kernel : plan::kernels()) out.append(describe(kernel));
   for (const plan::DecodeKernel& kernel : plan::decode_kernels()) out.append(describe(kernel));
   for (const plan::PrefillKernel& kernel : plan::prefill_kernels()) out.append(describe(kernel));
+  for (const plan::Kernel& kernel : plan::sparse_kernels()) out.append(describe(kernel));
+  for (const plan::DecodeKernel& kernel : plan::decode_kernels(true)) out.append(describe(kernel));
+  for (const plan::PrefillKernel& kernel : plan::prefill_kernels(true)) {
+    out.append(describe(kernel));
+  }
   return out;
 }
 
-py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16, int sm, int sms) {
+py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16, bool sparse,
+                  int sm, int sms) {
   if (m < 1 || n < 1 || k < 1) throw py::value_error("plan_for: m, n and k must be at least 1");
   if (sms < 1) throw py::value_error("plan_for: sms (multiprocessors) must be at least 1");
   if (group_size != -1 && group_size != 32 && group_size != 64 && group_size != 128) {
     throw py::value_error("plan_for: group_size must be -1, 32, 64 or 128, got " +
                           std::to_string(group_size));
   }
+  if (sparse && k % 4 != 0) {
+    throw py::value_error("plan_for: k of a 2:4 sparse weight must be a multiple of 4, got " +
+                          std::to_string(k));
+  }
   const plan::Device device{sm, sms, plan::shared_bytes_of(sm), sm == 90};
-  const plan::Problem problem{m, n, k, group_size == -1 ? k : group_size, device};
+  const plan::Problem problem{m, n, k, group_size == -1 ? k : group_size, device, sparse};
   py::dict out;
   out["m"] = m;
   out["n"] = n;
   out["k"] = k;
   out["group_size"] = group_size;
   out["dtype"] = bf16 ? "bfloat16" : "float16";  // makes no difference yet
+  out["sparse"] = sparse;
   out["sm"] = sm;
   out["sms"] = sms;
   if (const auto decode = plan::select_decode(problem)) {
@@ -178,7 +202,8 @@ PYBIND11_MODULE(_inspect, m) {
   m.doc() = "What was built, and what the planner chooses.";
   m.def("plans", &plans, "Every compiled GEMM kernel.");
   m.def("plan_for", &plan_for, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(),
-        py::arg("group_size") = 128, py::arg("bf16") = false, py::arg("sm"), py::arg("sms"),
+        py::arg("group_size") = 128, py::arg("bf16") = false, py::arg("sparse") = false,
+        py::arg("sm"), py::arg("sms"),
         "The kernel and the partition chosen for a problem on a device.");
   m.def("build_info", &build_info, "Versions and settings of this build.");
   m.def("force_plan", &force_plan, py::arg("id") = -1, py::kw_only(), py::arg("sms") = 0,

@@ -15,6 +15,7 @@ inline constexpr int kSparseColumns = 128;         // of a block
 inline constexpr int kQuads = kSparseColumns / 4;  // in a row of a block
 inline constexpr int kMetaWordsPerThread = 2;
 inline constexpr int kMetaWordsPerBlock = kThreads * kMetaWordsPerThread;
+inline constexpr int kMetaBytesPerBlock = kMetaWordsPerBlock * 4;
 
 struct QuadPosition {  // of a quad inside its block
   int row, quad;       // 0..63, 0..31
@@ -39,6 +40,12 @@ MARLIN_HOST_DEVICE constexpr MetaCell meta_cell_of(QuadPosition p) {
   const int warp = p.row / 16, g = p.row % 8, row_half = p.row / 8 % 2;
   const int step = p.quad / 8, column_half = p.quad / 4 % 2;
   return {32 * warp + 4 * g + step / 2 * 2 + column_half, step % 2, 4 * row_half + p.quad % 4};
+}
+
+// Index, in 32-bit words, of a word of the metadata tensor int32 [n_blocks, k_blocks, 256].
+MARLIN_HOST_DEVICE constexpr int64_t meta_index(int64_t n_block, int64_t k_block, int64_t k_blocks,
+                                                int thread, int word) {
+  return (n_block * k_blocks + k_block) * kMetaWordsPerBlock + thread * kMetaWordsPerThread + word;
 }
 
 // The places of a quad's two survivors in a metadata nibble. The first is always the smaller: so the

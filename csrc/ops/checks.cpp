@@ -48,6 +48,11 @@ void check_not_empty(const char* op, const char* name, const Tensor& t) {
   MARLIN_CHECK(t.numel() > 0, prefix(op, name), "must not be empty, got ", shape_of(t));
 }
 
+void check_alignment(const char* op, const char* name, const Tensor& t) {
+  MARLIN_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, prefix(op, name),
+               "must start at a 16-byte boundary; call ", name, ".clone()");
+}
+
 void check_packed(const char* op, const Tensor& qweight, bool sparse) {
   check_dtype(op, "qweight", qweight, ScalarType::Int);
   MARLIN_CHECK(qweight.dim() == 3 && qweight.size(2) == layout::kWordsPerBlock,
@@ -55,8 +60,7 @@ void check_packed(const char* op, const Tensor& qweight, bool sparse) {
                sparse ? layout::kSparseColumns : layout::kBlock, "), 512], got ", shape_of(qweight),
                "; make it with ", sparse ? "pack_24" : "pack, repack_gptq or repack_awq");
   check_contiguous(op, "qweight", qweight);
-  MARLIN_CHECK(reinterpret_cast<uintptr_t>(qweight.data_ptr()) % 16 == 0, prefix(op, "qweight"),
-               "must start at a 16-byte boundary; call qweight.clone()");
+  check_alignment(op, "qweight", qweight);
 }
 
 void check_meta(const char* op, const Tensor& meta, const Tensor& qweight) {
@@ -66,6 +70,7 @@ void check_meta(const char* op, const Tensor& meta, const Tensor& qweight) {
                prefix(op, "meta"), "must have shape [", qweight.size(0), ", ", qweight.size(1),
                ", 256], as qweight, got ", shape_of(meta), "; make both with pack_24");
   check_contiguous(op, "meta", meta);
+  check_alignment(op, "meta", meta);
   check_same_device(op, "meta", meta, "qweight", qweight);
 }
 

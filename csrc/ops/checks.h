@@ -20,12 +20,15 @@ void check_contiguous(const char* op, const char* name, const Tensor& t);
 void check_same_device(const char* op, const char* name, const Tensor& t,
                        const char* reference_name, const Tensor& reference);
 
+// Starts on 16 bytes, as the kernels read it.
+void check_alignment(const char* op, const char* name, const Tensor& t);
+
 void check_not_empty(const char* op, const char* name, const Tensor& t);
 
 // int32 [ceil(n/64), ceil(k/64), 512], contiguous; of a 2:4 sparse weight [ceil(n/64), ceil(k/128), 512].
 void check_packed(const char* op, const Tensor& qweight, bool sparse = false);
 
-// int32 [ceil(n/64), ceil(k/128), 256] for this qweight, contiguous.
+// int32 [ceil(n/64), ceil(k/128), 256] for this qweight, contiguous, on a 16-byte boundary.
 void check_meta(const char* op, const Tensor& meta, const Tensor& qweight);
 
 // A number of columns, a multiple of 4.

@@ -16,11 +16,23 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t kAny = int64_t{1} << 62;
 
-auto numbered_table() {
-  auto table = std::to_array<DecodeKernel>({
+auto dense_table() {
+  return std::to_array<DecodeKernel>({
 #include "plan/decode_table.inc"
   });
-  for (size_t i = 0; i < table.size(); ++i) table[i].id = static_cast<int>(i);
+}
+
+auto sparse_table() {
+  return std::to_array<DecodeKernel>({
+#include "plan/decode_24_table.inc"
+  });
+}
+
+auto numbered(auto table, bool sparse) {
+  for (size_t i = 0; i < table.size(); ++i) {
+    table[i].id = static_cast<int>(i);
+    table[i].tile.sparse = sparse;
+  }
   return table;
 }
 
@@ -42,23 +54,26 @@ int early_stages(const DecodePlan& plan) {
 // Whether a problem with more tokens than a tile holds is worth two token tiles of the last kernel of the
 // table. us on an H200, M = 256, this and the prefill kernel: 17.9 and 22.3 at 4096 x 4096, 46.9 and 59 at
 // 4096 x 14336, 52.1 and 54.7 at 8192 x 8192; but 99 and 88 at 28672 x 4096, and in windows of 10 ms 190 and
-// 174 at 8192 x 28672. With fewer tokens the prefill kernel has smaller tiles.
+// 174 at 8192 x 28672. With fewer tokens the prefill kernel has smaller tiles. For 2:4 sparse weights, whose
+// other kernels are the sm80 ones, nothing was measured.
 bool two_token_tiles_pay(const DecodeKernel& kernel, const Problem& p) {
   constexpr int64_t kMostWeights = 70'000'000, kNarrow = 7680, kMany = 192;
-  return p.m <= 2 * kernel.tile.tokens && p.n * p.k <= kMostWeights &&
+  return !p.sparse && p.m <= 2 * kernel.tile.tokens && p.n * p.k <= kMostWeights &&
          p.n <= (p.m > kMany ? kernel.most_n : kNarrow);
 }
 
 }  // namespace
 
-std::span<const DecodeKernel> decode_kernels() {
-  static const auto table = numbered_table();
-  return table;
+std::span<const DecodeKernel> decode_kernels(bool sparse) {
+  static const auto dense = numbered(dense_table(), false);
+  static const auto sparse_24 = numbered(sparse_table(), true);
+  return sparse ? std::span<const DecodeKernel>(sparse_24) : dense;
 }
 
 std::string DecodeKernel::name() const {
-  return "sm90_decode_t" + std::to_string(tile.tokens) + "_r" + std::to_string(tile.rows()) + "_k" +
-         std::to_string(tile.stage_k()) + "_s" + std::to_string(tile.splits);
+  return (tile.sparse ? "sm90_decode_24_t" : "sm90_decode_t") + std::to_string(tile.tokens) + "_r" +
+         std::to_string(tile.rows()) + "_k" + std::to_string(tile.stage_k()) + "_s" +
+         std::to_string(tile.splits);
 }
 
 DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Problem& problem) {
@@ -80,12 +95,12 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
 
 std::optional<DecodePlan> select_decode(const Problem& problem) {
   if (!problem.device.wgmma) return std::nullopt;
-  for (const DecodeKernel& kernel : decode_kernels()) {
+  for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
     if (kernel.tile.tokens < problem.m) continue;
     if (problem.n > kernel.most_n && problem.n * problem.k > kernel.most_weights) continue;
     return decode_plan_with(kernel, 2, problem);
   }
-  const DecodeKernel& last = decode_kernels().back();
+  const DecodeKernel& last = decode_kernels(problem.sparse).back();
   if (two_token_tiles_pay(last, problem)) return decode_plan_with(last, 2, problem);
   return std::nullopt;
 }

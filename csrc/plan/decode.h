@@ -11,6 +11,7 @@ namespace marlin::plan {
 
 struct DecodeTile {
   int tokens, row_tiles, splits, stage_blocks, blocks_per_sm, input_stages;
+  bool sparse = false;  // 2:4: a block of 64 x 64 stored weights covers 128 columns
 
   // Whether weights are scaled before they are multiplied, rather than the sums of groups after.
   constexpr bool scales_weights() const { return tokens > 96 && row_tiles > 1; }
@@ -20,15 +21,16 @@ struct DecodeTile {
   constexpr bool holds(int64_t m) const { return m <= tokens || many_token_tiles(); }
 
   constexpr int rows() const { return 64 * row_tiles; }
-  constexpr int stage_k() const { return 64 * stage_blocks; }
+  constexpr int stage_k() const { return (sparse ? 128 : 64) * stage_blocks; }
   constexpr int consumers() const { return 128 * row_tiles * splits; }
   constexpr int threads() const { return consumers() + 128; }  // and a warpgroup of helpers
 
   // Shared memory; offsets in bytes. First the ring of activations, whose swizzle wants 1024-byte
-  // alignment; then the ring of weights, with scales and zero points every `period` columns, on 128
-  // bytes, as the copy engine wants them.
+  // alignment; then the ring of weights (with their places where sparse), with scales and zero points
+  // every `period` columns, on 128 bytes, as the copy engine wants them.
+  constexpr int block_bytes() const { return 2048 + (sparse ? 1024 : 0); }
   constexpr int input_bytes() const { return tokens * stage_k() * 2; }  // of a stage, as the next
-  constexpr int weight_bytes() const { return rows() * stage_k() / 2; }
+  constexpr int weight_bytes() const { return row_tiles * stage_blocks * block_bytes(); }
   constexpr int scale_bytes(int period) const { return rows() * (stage_k() / period) * 2; }
   constexpr int zero_bytes(int period) const {
     return (rows() * (stage_k() / period) + 127) / 128 * 128;
@@ -70,14 +72,15 @@ struct DecodeTile {
 };
 
 struct DecodeKernel {
-  int id;  // its place in the table
+  int id;  // its place in its table
   DecodeTile tile;
   int64_t most_n, most_weights;  // a layer with more of both takes a later line
   const char* reason;
   std::string name() const;
 };
 
-std::span<const DecodeKernel> decode_kernels();
+// Of decode_table.inc, or of decode_24_table.inc.
+std::span<const DecodeKernel> decode_kernels(bool sparse = false);
 
 // How a launch deals out its tiles: clusters of one block or two get runs of neighbouring tiles, equal
 // but for one. The division is done here, on the host: on the device it would hold up the first copy.

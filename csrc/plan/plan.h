@@ -31,17 +31,19 @@ struct Problem {
   int64_t m = 0, n = 0, k = 0;
   int64_t group_size = 0;
   Device device;
+  bool sparse = false;  // a 2:4 sparse weight
 };
 
 struct Kernel {
-  int id;  // its place in the table
+  int id;  // its place in its table
   const char* family;
   Tile tile;
   const char* reason;
   std::string name() const;
 };
 
-std::span<const Kernel> kernels();
+std::span<const Kernel> kernels();         // for dense weights
+std::span<const Kernel> sparse_kernels();  // for 2:4 sparse ones
 
 struct Plan {
   Kernel kernel;
@@ -52,7 +54,7 @@ struct Plan {
 // m, n, k >= 1. Throws std::runtime_error where no kernel can run on the device.
 Plan select(const Problem& problem);
 
-// The plan with a given kernel, for benchmarks that try every one.
+// The plan with a given kernel of the problem's kind, for benchmarks that try every one.
 Plan plan_with(const Kernel& kernel, const Problem& problem);
 
 }  // namespace marlin::plan

@@ -11,11 +11,23 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #define MARLIN_SM90_PREFILL(tokens, row_blocks, stage_blocks, reason) \
   PrefillKernel{0, PrefillTile{tokens, row_blocks, stage_blocks}, reason},
 
-auto numbered_table() {
-  auto table = std::to_array<PrefillKernel>({
+auto dense_table() {
+  return std::to_array<PrefillKernel>({
 #include "plan/prefill_table.inc"
   });
-  for (size_t i = 0; i < table.size(); ++i) table[i].id = static_cast<int>(i);
+}
+
+auto sparse_table() {
+  return std::to_array<PrefillKernel>({
+#include "plan/prefill_24_table.inc"
+  });
+}
+
+auto numbered(auto table, bool sparse) {
+  for (size_t i = 0; i < table.size(); ++i) {
+    table[i].id = static_cast<int>(i);
+    table[i].tile.sparse = sparse;
+  }
   return table;
 }
 
@@ -58,14 +70,15 @@ bool suits(const PrefillKernel& kernel, int64_t m) {
 
 }  // namespace
 
-std::span<const PrefillKernel> prefill_kernels() {
-  static const auto table = numbered_table();
-  return table;
+std::span<const PrefillKernel> prefill_kernels(bool sparse) {
+  static const auto dense = numbered(dense_table(), false);
+  static const auto sparse_24 = numbered(sparse_table(), true);
+  return sparse ? std::span<const PrefillKernel>(sparse_24) : dense;
 }
 
 std::string PrefillKernel::name() const {
-  return "sm90_prefill_t" + std::to_string(tile.tokens) + "_r" + std::to_string(tile.rows()) +
-         "_k" + std::to_string(tile.stage_k());
+  return (tile.sparse ? "sm90_prefill_24_t" : "sm90_prefill_t") + std::to_string(tile.tokens) +
+         "_r" + std::to_string(tile.rows()) + "_k" + std::to_string(tile.stage_k());
 }
 
 PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int input_shares,
@@ -78,7 +91,8 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int inpu
   plan.row_blocks = static_cast<int>(ceil_div(problem.n, 64));
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   const int64_t stages = ceil_div(problem.k, kernel.tile.stage_k());
-  plan.input_shares = std::min(input_shares, plan.row_blocks);
+  // A copy for several blocks brings one block of 64 columns, and each must have rows.
+  plan.input_shares = kernel.tile.stage_k() == 64 ? std::min(input_shares, plan.row_blocks) : 1;
   int64_t k_shares = std::max(cluster / plan.input_shares, 1);
   while (k_shares > 1 && (k_shares - 1) * ceil_div(stages, k_shares) >= stages) --k_shares;
   plan.cluster = static_cast<int>(k_shares) * plan.input_shares;
@@ -105,7 +119,7 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int inpu
 std::optional<PrefillPlan> select_prefill(const Problem& problem) {
   if (!problem.device.wgmma) return std::nullopt;
   std::optional<PrefillPlan> best;
-  for (const PrefillKernel& kernel : prefill_kernels()) {
+  for (const PrefillKernel& kernel : prefill_kernels(problem.sparse)) {
     if (!suits(kernel, problem.m)) continue;
     for (int cluster = 1; cluster <= Device::kLargestCluster; ++cluster) {
       if (problem.device.clusters_of(cluster) == 0) continue;

@@ -12,19 +12,22 @@ namespace marlin::plan {
 
 struct PrefillTile {
   int tokens, row_blocks, stage_blocks;
+  bool sparse = false;  // 2:4: a block of 64 x 64 stored weights covers 128 columns
 
   static constexpr int kLeastPeriod = 32;  // the least columns between scales
 
   constexpr int rows() const { return 64 * row_blocks; }
   constexpr int consumers() const { return 128 * row_blocks; }  // a warpgroup per row block
   constexpr int threads() const { return consumers() + 128; }
-  constexpr int stage_k() const { return 64 * stage_blocks; }
+  constexpr int stage_k() const { return (sparse ? 128 : 64) * stage_blocks; }
 
   // A stage in shared memory; offsets in bytes. The activations come first: their swizzle wants
   // 1024-byte alignment.
   constexpr int input_bytes() const { return tokens * stage_k() * 2; }
-  constexpr int weight_bytes() const { return rows() * stage_k() / 2; }
-  constexpr int scales_at() const { return input_bytes() + weight_bytes(); }
+  constexpr int weight_bytes() const { return row_blocks * stage_blocks * 2048; }
+  constexpr int meta_at() const { return input_bytes() + weight_bytes(); }
+  constexpr int meta_bytes() const { return sparse ? row_blocks * stage_blocks * 1024 : 0; }
+  constexpr int scales_at() const { return meta_at() + meta_bytes(); }
   constexpr int zeros_at() const { return scales_at() + rows() * (stage_k() / kLeastPeriod) * 2; }
   constexpr int stage_bytes() const {
     return (zeros_at() + rows() * (stage_k() / kLeastPeriod) + 1023) / 1024 * 1024;
@@ -54,7 +57,8 @@ struct PrefillKernel {
   std::string name() const;
 };
 
-std::span<const PrefillKernel> prefill_kernels();
+// For dense weights, or for sparse ones.
+std::span<const PrefillKernel> prefill_kernels(bool sparse = false);
 
 // The work is row_blocks * token_tiles pieces of 64 output features by one tile of tokens. Clusters do
 // them in tiles of up to input_shares * tile.row_blocks pieces, shared out among blocks that copy their

@@ -9,18 +9,11 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#define MARLIN_SM80_KERNEL(tokens, row_blocks, warps_k, k_blocks, stages, reason) \
-  Kernel{0, "sm80", Tile{tokens, row_blocks, warps_k, k_blocks, stages}, reason},
-
-auto numbered_table() {
-  auto table = std::to_array<Kernel>({
-#include "plan/kernel_table.inc"
-  });
-  for (size_t i = 0; i < table.size(); ++i) table[i].id = static_cast<int>(i);
+template <size_t kSize>
+auto numbered(std::array<Kernel, kSize> table) {
+  for (size_t i = 0; i < kSize; ++i) table[i].id = static_cast<int>(i);
   return table;
 }
-
-#undef MARLIN_SM80_KERNEL
 
 Partition partition_of(const Tile& tile, const Problem& p) {
   Partition out{};
@@ -38,7 +31,22 @@ Partition partition_of(const Tile& tile, const Problem& p) {
 }  // namespace
 
 std::span<const Kernel> kernels() {
-  static const auto table = numbered_table();
+#define MARLIN_SM80_KERNEL(tokens, row_blocks, warps_k, k_blocks, stages, reason) \
+  Kernel{0, "sm80", Tile{tokens, row_blocks, warps_k, k_blocks, stages}, reason},
+  static const auto table = numbered(std::to_array<Kernel>({
+#include "plan/kernel_table.inc"
+  }));
+#undef MARLIN_SM80_KERNEL
+  return table;
+}
+
+std::span<const Kernel> sparse_kernels() {
+#define MARLIN_SM80_KERNEL(tokens, row_blocks, warps_k, k_blocks, stages, reason) \
+  Kernel{0, "sm80_24", Tile{tokens, row_blocks, warps_k, k_blocks, stages, true}, reason},
+  static const auto table = numbered(std::to_array<Kernel>({
+#include "plan/sparse_kernel_table.inc"
+  }));
+#undef MARLIN_SM80_KERNEL
   return table;
 }
 
@@ -72,11 +80,11 @@ Plan plan_with(const Kernel& kernel, const Problem& problem) {
   return plan;
 }
 
-// The table is in order of preference: the first kernel that fits the device and whose tile holds all
+// The tables are in order of preference: the first kernel that fits the device and whose tile holds all
 // tokens; where none holds them all, the first of the largest that fit.
 Plan select(const Problem& problem) {
   const Kernel* best = nullptr;
-  for (const Kernel& kernel : kernels()) {
+  for (const Kernel& kernel : problem.sparse ? sparse_kernels() : kernels()) {
     if (kernel.tile.shared_bytes() > problem.device.shared_bytes) continue;
     const bool holds_all = kernel.tile.tokens >= problem.m;
     const bool first_of_its_size = !best || kernel.tile.tokens > best->tile.tokens;

@@ -5,23 +5,30 @@
 
 namespace marlin::plan {
 
+// Columns, here and in everything named k, are those of the activations. A block of a dense weight has
+// 64 of them; one of a 2:4 sparse weight stands for 128, with its 64 survivors and 1024 bytes of
+// metadata that say which (layout/sparse.h).
 struct Tile {
   int tokens, row_blocks, warps_k, k_blocks, stages;
+  bool sparse = false;
 
   constexpr int rows() const { return 64 * row_blocks; }
-  constexpr int warp_k() const { return 64 * k_blocks; }  // of a stage, what one warp multiplies
+  constexpr int block_k() const { return sparse ? 128 : 64; }
+  constexpr int warp_k() const { return block_k() * k_blocks; }  // of a stage, one warp's share
   constexpr int stage_k() const { return warp_k() * warps_k; }
   constexpr int threads() const { return 128 * warps_k; }
 
-  // A stage in shared memory: weights, activations, scales, zero points, in this order. There is
-  // room for a row of scales every 32 columns, the shortest group.
+  // A stage in shared memory: weights, metadata, activations, scales, zero points, in this order. There
+  // is room for a row of scales every 32 columns, the shortest group.
+  constexpr int blocks() const { return warps_k * k_blocks * row_blocks; }
   constexpr int scale_rows() const { return stage_k() / 32; }
-  constexpr int weight_bytes() const { return stage_k() * rows() / 2; }
+  constexpr int weight_bytes() const { return blocks() * 2048; }
+  constexpr int meta_bytes() const { return sparse ? blocks() * 1024 : 0; }
   constexpr int input_bytes() const { return tokens * stage_k() * 2; }
   constexpr int scale_bytes() const { return scale_rows() * rows() * 2; }
   constexpr int zero_bytes() const { return scale_rows() * rows(); }
   constexpr int stage_bytes() const {
-    return weight_bytes() + input_bytes() + scale_bytes() + zero_bytes();
+    return weight_bytes() + meta_bytes() + input_bytes() + scale_bytes() + zero_bytes();
   }
 
   // The epilogue sums the warps' accumulators through a [tokens][rows + 4] fp32 buffer, at most 32

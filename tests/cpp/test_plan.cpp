@@ -20,29 +20,64 @@ Device device_of(int sm, int sms) { return {sm, sms, shared_bytes_of(sm)}; }
 const std::vector<Device> kDevices = {device_of(80, 108), device_of(86, 84), device_of(89, 142),
                                       device_of(90, 132), device_of(120, 188)};
 
-TEST(Plan, TableIsNumberedAndNamed) {
+TEST(Plan, TablesAreNumberedAndNamed) {
   std::map<std::string, int> names;
-  int id = 0;
-  for (const Kernel& kernel : kernels()) {
-    EXPECT_EQ(kernel.id, id++);
-    EXPECT_EQ(++names[kernel.name()], 1) << kernel.name() << " stands twice in the table";
-    EXPECT_STRNE(kernel.reason, "");
-    EXPECT_LE(kernel.tile.threads(), 1024);
+  for (const bool sparse : {false, true}) {
+    int id = 0;
+    for (const Kernel& kernel : sparse ? sparse_kernels() : kernels()) {
+      EXPECT_EQ(kernel.id, id++);
+      EXPECT_EQ(kernel.tile.sparse, sparse);
+      EXPECT_EQ(++names[kernel.name()], 1) << kernel.name() << " stands twice in the tables";
+      EXPECT_STRNE(kernel.reason, "");
+      EXPECT_LE(kernel.tile.threads(), 1024);
+      EXPECT_GE(kernel.tile.stages, 2) << "a stage must be on its way while another is multiplied";
+    }
   }
 }
 
 TEST(Plan, EveryDeviceHasAKernelThatFits) {
   for (const Device& device : kDevices) {
     for (int64_t m : {1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 100, 4099}) {
-      const Plan plan = select({m, 4096, 4096, 128, device});
-      EXPECT_LE(plan.kernel.tile.shared_bytes(), device.shared_bytes);
-      EXPECT_GE(plan.kernel.tile.tokens, std::min<int64_t>(m, 64));
+      for (const bool sparse : {false, true}) {
+        const Plan plan = select({m, 4096, 4096, 128, device, sparse});
+        EXPECT_EQ(plan.kernel.tile.sparse, sparse);
+        EXPECT_LE(plan.kernel.tile.shared_bytes(), device.shared_bytes);
+        EXPECT_GE(plan.kernel.tile.tokens, std::min<int64_t>(m, 64));
+      }
     }
   }
 }
 
+TEST(Plan, EveryKernelIsSomeDevicesChoice) {
+  for (const bool sparse : {false, true}) {
+    std::map<int, int> chosen;
+    for (const Device& device : kDevices) {
+      for (int64_t m : {8, 16, 32, 64}) {
+        ++chosen[select({m, 4096, 4096, 128, device, sparse}).kernel.id];
+      }
+    }
+    EXPECT_EQ(chosen.size(), (sparse ? sparse_kernels() : kernels()).size());
+  }
+}
+
+// Written out for one tile: a sparse block stands for 128 columns, and brings 1 KB of metadata.
+TEST(Plan, TilesOfSparseWeightsCountTheColumnsOfActivations) {
+  constexpr Tile kDense{16, 2, 4, 1, 3}, kSparse{16, 2, 4, 1, 3, true};
+  EXPECT_EQ(kDense.stage_k(), 256);
+  EXPECT_EQ(kSparse.stage_k(), 512);
+  EXPECT_EQ(kDense.weight_bytes(), 4 * 2 * 2048);
+  EXPECT_EQ(kSparse.weight_bytes(), kDense.weight_bytes());
+  EXPECT_EQ(kSparse.meta_bytes(), 4 * 2 * 1024);
+  EXPECT_EQ(kDense.meta_bytes(), 0);
+  EXPECT_EQ(kSparse.input_bytes(), 16 * 512 * 2);
+  EXPECT_EQ(kSparse.scale_rows(), 16);
+  EXPECT_EQ(kSparse.stage_bytes(), 16384 + 8192 + 16384 + 16 * 128 * 3);
+  EXPECT_EQ(kSparse.threads(), kDense.threads());
+}
+
 TEST(Plan, DeviceWithoutKernelsIsRefused) {
   EXPECT_THROW(select({1, 64, 64, 64, device_of(75, 40)}), std::runtime_error);
+  EXPECT_THROW(select({1, 64, 64, 64, device_of(75, 40), true}), std::runtime_error);
 }
 
 // What the kernels do with a partition, in miniature: blocks walk their units and note, per tile,
@@ -101,6 +136,7 @@ TEST(Plan, PartitionDoesEverythingOnce) {
   for (int i = 0; i < 3000; ++i) {
     Problem problem{up_to(i % 3 ? 70 : 600), up_to(9000), up_to(9000), 128,
                     kDevices[random() % kDevices.size()]};
+    problem.sparse = i % 2 == 0;
     if (i % 5 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
     ASSERT_NO_FATAL_FAILURE(check_partition(problem))
         << problem.m << " x " << problem.n << " x " << problem.k << " on "
@@ -112,8 +148,10 @@ TEST(Plan, PartitionDoesEverythingOnce) {
 // and the two blocks of a pair name the same tile as shared.
 void check_decode(const Problem& problem, const DecodePlan& plan) {
   const DecodeTile& tile = plan.kernel.tile;
+  ASSERT_EQ(tile.sparse, problem.sparse);
   ASSERT_TRUE(tile.holds(problem.m));
-  ASSERT_GE(int64_t{plan.token_tiles} * tile.tokens, problem.m);
+  ASSERT_LT((plan.token_tiles - 1) * int64_t{tile.tokens}, problem.m);
+  ASSERT_GE(plan.token_tiles * int64_t{tile.tokens}, problem.m);
   ASSERT_LT((plan.row_tiles - 1) * int64_t{tile.rows()}, problem.n);
   ASSERT_GE(plan.row_tiles * int64_t{tile.rows()}, problem.n);
   ASSERT_GE(plan.stages * int64_t{tile.stage_k()}, problem.k);
@@ -155,13 +193,15 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
     Problem problem{up_to(narrow ? 128 : 64), up_to(narrow ? 16384 : 60000), up_to(30000), 128,
                     device_of(90, 132)};
     problem.device.wgmma = true;
+    problem.sparse = i % 3 == 0;
+    if (problem.sparse) problem.k = (problem.k + 3) / 4 * 4;
     if (i % 5 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
     const auto plan = select_decode(problem);
     ASSERT_TRUE(plan.has_value());
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, *plan));
-    const auto& kernel = decode_kernels()[random() % decode_kernels().size()];
-    problem.m = kernel.tile.many_token_tiles() ? up_to(400)
-                                               : std::min<int64_t>(problem.m, kernel.tile.tokens);
+    const auto kernels = decode_kernels(problem.sparse);
+    const auto& kernel = kernels[random() % kernels.size()];
+    problem.m = up_to(kernel.tile.many_token_tiles() ? 600 : kernel.tile.tokens);
     const auto cluster = static_cast<int>(up_to(2));
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, decode_plan_with(kernel, cluster, problem)));
   }
@@ -172,7 +212,10 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
   wide.m = 257, wide.n = 4096;
   EXPECT_FALSE(select_decode(wide).has_value());
   wide.m = 256;
-  EXPECT_EQ(select_decode(wide)->token_tiles, 2);
+  const auto two_token_tiles = select_decode(wide);
+  ASSERT_TRUE(two_token_tiles.has_value());
+  EXPECT_EQ(two_token_tiles->token_tiles, 2);
+  check_decode(wide, *two_token_tiles);
 }
 
 TEST(Plan, DecodeAsksForFewWeightsEarlyWhereBlocksDoMuch) {
@@ -191,8 +234,29 @@ TEST(Plan, DecodeAsksForFewWeightsEarlyWhereBlocksDoMuch) {
   EXPECT_EQ(tokens, tokens_ring);
 }
 
+std::vector<DecodeKernel> all_decode_kernels() {
+  std::vector<DecodeKernel> all;
+  for (const bool sparse : {false, true}) {
+    const auto kernels = decode_kernels(sparse);
+    all.insert(all.end(), kernels.begin(), kernels.end());
+  }
+  return all;
+}
+
+TEST(Plan, DecodeTablesAreNumberedAndNamed) {
+  std::map<std::string, int> names;
+  int next[2] = {};
+  for (const DecodeKernel& kernel : all_decode_kernels()) {
+    EXPECT_EQ(kernel.id, next[kernel.tile.sparse]++);
+    EXPECT_EQ(++names[kernel.name()], 1) << kernel.name() << " stands twice in the tables";
+    EXPECT_STRNE(kernel.reason, "");
+    EXPECT_LE(kernel.tile.threads(), 1024);
+  }
+}
+
 TEST(Plan, DecodeKernelsFitAsOftenAsTheySay) {
-  for (const DecodeKernel& kernel : decode_kernels()) {
+  for (const DecodeKernel& kernel : all_decode_kernels()) {
+    EXPECT_GE(kernel.tile.input_stages, 2 * kernel.tile.splits) << kernel.name();
     for (const int period : {32, 64, 128}) {
       EXPECT_LE(kernel.tile.shared_bytes(period) + DecodeTile::kReserved,
                 DecodeTile::kSharedBytes / kernel.tile.blocks_per_sm)
@@ -200,6 +264,29 @@ TEST(Plan, DecodeKernelsFitAsOftenAsTheySay) {
       EXPECT_GE(kernel.tile.stages(period), kernel.tile.splits) << kernel.name();
     }
   }
+}
+
+// 64 rows x 128 columns are 64 x 64 stored weights of 4 bits, and two places of 2 bits for every four
+// columns.
+TEST(Plan, SparseDecodeStagesHoldThreeBitsAColumn) {
+  for (const DecodeKernel& kernel : all_decode_kernels()) {
+    const DecodeTile& tile = kernel.tile;
+    const int bits = tile.sparse ? 3 : 4;
+    EXPECT_EQ(tile.stage_k(), (tile.sparse ? 128 : 64) * tile.stage_blocks) << kernel.name();
+    EXPECT_EQ(tile.weight_bytes() * 8, tile.rows() * tile.stage_k() * bits) << kernel.name();
+  }
+}
+
+TEST(Plan, ManyTokensBySparseWeightsAreLeftToTheSm80Kernels) {
+  Problem problem{129, 4096, 4096, 128, device_of(90, 132), true};
+  problem.device.wgmma = true;
+  EXPECT_FALSE(select_decode(problem).has_value());
+  EXPECT_FALSE(select_prefill(problem).has_value());
+  problem.m = 128;
+  EXPECT_TRUE(select_decode(problem).has_value());
+  EXPECT_FALSE(select_prefill(problem).has_value());
+  problem.device.wgmma = false;
+  EXPECT_FALSE(select_decode(problem).has_value());
 }
 
 TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {
@@ -241,7 +328,7 @@ void check_prefill(const Problem& problem, const PrefillPlan& plan) {
       const int of_group = plan.token_group * plan.row_tiles;
       const int first = at / of_group * plan.token_group;
       const int size = std::min(plan.token_group, plan.token_tiles - first);
-      const int rows = tile.row_blocks * plan.input_shares;  // row blocks of the cluster
+      const int rows = tile.row_blocks * plan.input_shares;
       const int row_block = at % of_group / size * rows;
       const int token_tile = first + at % of_group % size;
       for (int r = row_block; r < std::min(row_block + rows, plan.row_blocks); ++r) {
@@ -264,9 +351,9 @@ TEST(Plan, PrefillDoesEverythingOnce) {
     ASSERT_NO_FATAL_FAILURE(check_prefill(problem, *chosen));
     const auto& kernel = prefill_kernels()[random() % prefill_kernels().size()];
     const auto cluster = static_cast<int>(up_to(Device::kLargestCluster));
-    const int shares = 1 << (random() % 3);
+    const auto input_shares = static_cast<int>(up_to(2));
     ASSERT_NO_FATAL_FAILURE(
-        check_prefill(problem, prefill_plan_with(kernel, cluster, shares, problem)));
+        check_prefill(problem, prefill_plan_with(kernel, cluster, input_shares, problem)));
   }
   EXPECT_FALSE(select_prefill({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
 }
@@ -286,6 +373,7 @@ TEST(Plan, PrefillTakesNoClusterThatTheDeviceCannotRun) {
 
 TEST(Plan, LargestProblemsDoNotOverflow) {
   check_partition({65536, 106496, 53248, 128, device_of(90, 132)});
+  check_partition({65536, 106496, 53248, 128, device_of(90, 132), true});
 }
 
 }  // namespace

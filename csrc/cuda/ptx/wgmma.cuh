@@ -36,6 +36,13 @@ template <typename Element, int kTokens>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[kTokens / 2], const uint32_t (&a)[4],
                                              uint64_t b, bool accumulate);
 
+// d[64 x kTokens] = a[64 x 32] b[32 x kTokens] + (accumulate ? d : 0), where of every four neighbouring
+// columns of A two are stored, from registers as those of m64k16. `places` says which: of four
+// neighbouring threads the first two tell it if kSelector is 0, the others if it is 1 (layout/sparse.h).
+template <typename Element, int kTokens, int kSelector>
+__device__ __forceinline__ void wgmma_sparse_m64k32(float (&d)[kTokens / 2], const uint32_t (&a)[4],
+                                                    uint32_t places, uint64_t b, bool accumulate);
+
 // The accumulators of one instruction, four at a time: as operands, and as their names.
 #define MARLIN_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MARLIN_D8(i) MARLIN_D4(i), MARLIN_D4(i + 4)
@@ -65,9 +72,9 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[kTokens / 2], const uint
   ", %112, %113, %114, %115, %116, %117, %118, %119" \
   ", %120, %121, %122, %123, %124, %125, %126, %127"
 
-// One instruction for one type. `inputs` names what follows the accumulators: A, B's descriptor;
-// `predicate` the last operand.
-#define MARLIN_WGMMA_OF(element, type, tokens, names, inputs, predicate, ...)                    \
+// One instruction for one type. `inputs` names what follows the accumulators: A, B's descriptor; then
+// come the predicate and, for sparse weights only, the places.
+#define MARLIN_WGMMA_DENSE(element, type, tokens, names, inputs, predicate, where, ...)          \
   template <>                                                                                    \
   __device__ __forceinline__ void wgmma_m64k16<element, tokens>(                                 \
       float(&d)[tokens / 2], const uint32_t(&a)[4], uint64_t b, bool accumulate) {               \
@@ -80,27 +87,48 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[kTokens / 2], const uint
                    "r"(static_cast<int>(accumulate)));                                           \
   }
 
-#define MARLIN_WGMMA(tokens, names, inputs, predicate, ...)                     \
-  MARLIN_WGMMA_OF(__half, "f16", tokens, names, inputs, predicate, __VA_ARGS__) \
-  MARLIN_WGMMA_OF(__nv_bfloat16, "bf16", tokens, names, inputs, predicate, __VA_ARGS__)
+#define MARLIN_WGMMA_SPARSE(element, type, selector, tokens, names, inputs, predicate, where, ...) \
+  template <>                                                                                      \
+  __device__ __forceinline__ void wgmma_sparse_m64k32<element, tokens, selector>(                  \
+      float(&d)[tokens / 2], const uint32_t(&a)[4], uint32_t places, uint64_t b,                   \
+      bool accumulate) {                                                                           \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " predicate                                        \
+                 ", 0;"                                                                            \
+                 "wgmma.mma_async.sp.sync.aligned.m64n" #tokens "k32.f32." type "." type           \
+                 " {" names "}, " inputs ", " where ", " #selector ", p, 1, 1, 0;}"                \
+                 : __VA_ARGS__                                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                             \
+                   "r"(static_cast<int>(accumulate)), "r"(places));                                \
+  }
+
+#define MARLIN_WGMMA_OF(element, type, ...)          \
+  MARLIN_WGMMA_DENSE(element, type, __VA_ARGS__)     \
+  MARLIN_WGMMA_SPARSE(element, type, 0, __VA_ARGS__) \
+  MARLIN_WGMMA_SPARSE(element, type, 1, __VA_ARGS__)
+
+#define MARLIN_WGMMA(...)                     \
+  MARLIN_WGMMA_OF(__half, "f16", __VA_ARGS__) \
+  MARLIN_WGMMA_OF(__nv_bfloat16, "bf16", __VA_ARGS__)
 
 // clang-format off
-MARLIN_WGMMA(8, MARLIN_NAMES_4, "{%4, %5, %6, %7}, %8", "%9", MARLIN_D4(0))
-MARLIN_WGMMA(16, MARLIN_NAMES_8, "{%8, %9, %10, %11}, %12", "%13", MARLIN_D8(0))
-MARLIN_WGMMA(24, MARLIN_NAMES_12, "{%12, %13, %14, %15}, %16", "%17", MARLIN_D8(0), MARLIN_D4(8))
-MARLIN_WGMMA(32, MARLIN_NAMES_16, "{%16, %17, %18, %19}, %20", "%21", MARLIN_D16(0))
-MARLIN_WGMMA(48, MARLIN_NAMES_24, "{%24, %25, %26, %27}, %28", "%29", MARLIN_D16(0), MARLIN_D8(16))
-MARLIN_WGMMA(64, MARLIN_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", MARLIN_D32(0))
-MARLIN_WGMMA(80, MARLIN_NAMES_40, "{%40, %41, %42, %43}, %44", "%45", MARLIN_D32(0), MARLIN_D8(32))
-MARLIN_WGMMA(96, MARLIN_NAMES_48, "{%48, %49, %50, %51}, %52", "%53", MARLIN_D32(0), MARLIN_D16(32))
-MARLIN_WGMMA(112, MARLIN_NAMES_56, "{%56, %57, %58, %59}, %60", "%61", MARLIN_D32(0), MARLIN_D16(32), MARLIN_D8(48))
-MARLIN_WGMMA(128, MARLIN_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", MARLIN_D32(0), MARLIN_D32(32))
-MARLIN_WGMMA(192, MARLIN_NAMES_96, "{%96, %97, %98, %99}, %100", "%101", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64))
-MARLIN_WGMMA(256, MARLIN_NAMES_128, "{%128, %129, %130, %131}, %132", "%133", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64), MARLIN_D32(96))
+MARLIN_WGMMA(8, MARLIN_NAMES_4, "{%4, %5, %6, %7}, %8", "%9", "%10", MARLIN_D4(0))
+MARLIN_WGMMA(16, MARLIN_NAMES_8, "{%8, %9, %10, %11}, %12", "%13", "%14", MARLIN_D8(0))
+MARLIN_WGMMA(24, MARLIN_NAMES_12, "{%12, %13, %14, %15}, %16", "%17", "%18", MARLIN_D8(0), MARLIN_D4(8))
+MARLIN_WGMMA(32, MARLIN_NAMES_16, "{%16, %17, %18, %19}, %20", "%21", "%22", MARLIN_D16(0))
+MARLIN_WGMMA(48, MARLIN_NAMES_24, "{%24, %25, %26, %27}, %28", "%29", "%30", MARLIN_D16(0), MARLIN_D8(16))
+MARLIN_WGMMA(64, MARLIN_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", "%38", MARLIN_D32(0))
+MARLIN_WGMMA(80, MARLIN_NAMES_40, "{%40, %41, %42, %43}, %44", "%45", "%46", MARLIN_D32(0), MARLIN_D8(32))
+MARLIN_WGMMA(96, MARLIN_NAMES_48, "{%48, %49, %50, %51}, %52", "%53", "%54", MARLIN_D32(0), MARLIN_D16(32))
+MARLIN_WGMMA(112, MARLIN_NAMES_56, "{%56, %57, %58, %59}, %60", "%61", "%62", MARLIN_D32(0), MARLIN_D16(32), MARLIN_D8(48))
+MARLIN_WGMMA(128, MARLIN_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", "%70", MARLIN_D32(0), MARLIN_D32(32))
+MARLIN_WGMMA(192, MARLIN_NAMES_96, "{%96, %97, %98, %99}, %100", "%101", "%102", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64))
+MARLIN_WGMMA(256, MARLIN_NAMES_128, "{%128, %129, %130, %131}, %132", "%133", "%134", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64), MARLIN_D32(96))
 // clang-format on
 
 #undef MARLIN_WGMMA
 #undef MARLIN_WGMMA_OF
+#undef MARLIN_WGMMA_SPARSE
+#undef MARLIN_WGMMA_DENSE
 #undef MARLIN_NAMES_128
 #undef MARLIN_NAMES_96
 #undef MARLIN_NAMES_64

@@ -2,7 +2,9 @@
 //
 // It computes, for one tile of [tokens] x [rows] outputs and a range of k,
 //     sums[row, token] = sum over groups of scale[row, group] * sum_k (q - zero)[row, k] x[token, k]
-// with the weights as operand A: exact integers into the tensor core, the group's scale in fp32.
+// with the weights as operand A: exact integers into the tensor core, the group's scale in fp32. 2:4
+// sparse weights differ in three places: the metadata that the loader brings along, how activations
+// reach the registers, and the instruction that multiplies.
 //
 // A block does an equal share of all (tile, k) units, tile after tile, through one continuous
 // pipeline of asynchronous copies, so it never drains between tiles (the balanced partition of
@@ -30,12 +32,19 @@ struct BlockGemm {
   static constexpr int kTokens = kTile.tokens, kRowBlocks = kTile.row_blocks;
   static constexpr int kRows = kTile.rows(), kWarpsK = kTile.warps_k, kThreads = kTile.threads();
   static constexpr int kTokenTiles = kTokens / 8;  // fragments along the tokens
+  // What is multiplied at a time, 32 columns, the shortest group: two words of a thread's four, or one
+  // whose survivors stand for as many.
+  static constexpr int kSpans = kTile.block_k() / 32;
+  static constexpr int kSteps = layout::kWordsPerThread / kSpans;
+  // Whether an ldmatrix reads 32 columns of 8 tokens, or else 16 of 16. The sparse instruction wants the
+  // former, four registers in a row; of 8 tokens there is no other way.
+  static constexpr bool kLoadsSpans = kTile.sparse || kTokenTiles == 1;
   static constexpr int kEpilogueAt = kTile.stages * kTile.stage_bytes();
 
   const Params<Element>& p;
   char* const shared;
-  const int thread, split, lane, warp;    // split: which part of a stage's k; warp: which 16 rows
-  const int cell_at, scale_at, input_at;  // this thread's first bytes of each in a stage
+  const int thread, split, lane, warp;  // split: which part of a stage's k; warp: which 16 rows
+  const int cell_at, meta_at, scale_at, input_at;  // this thread's first bytes of each in a stage
   float sums[kRowBlocks][kTokenTiles][4] = {};
 
   __device__ BlockGemm(const Params<Element>& params, char* shared_memory)
@@ -45,14 +54,16 @@ struct BlockGemm {
         split(thread / layout::kThreads),
         lane(thread % 32),
         warp(thread % layout::kThreads / 32),
-        cell_at(split * (kTile.k_blocks * kRowBlocks * layout::kBytesPerBlock) +
+        cell_at(split * (Copies::kSplitBlocks * layout::kBytesPerBlock) +
                 thread % layout::kThreads * 16),
+        meta_at(Copies::kMetaAt + split * (Copies::kSplitBlocks * layout::kMetaBytesPerBlock) +
+                thread % layout::kThreads * 8),
         scale_at(split * (kTile.warp_k() >> p.scale_shift) * kRows + warp * 16 + lane / 4),
         input_at(Copies::kInputAt + split * kTile.warp_k() * 2 +
                  token_of_lane() * Copies::kInputPitch) {}
 
-  // The token whose row this lane addresses in ldmatrix: matrices go {k, k} or {k, k; 8 tokens on}.
-  __device__ int token_of_lane() const { return lane % 8 + (kTokenTiles == 1 ? 0 : lane / 16 * 8); }
+  // The token whose row this lane addresses in ldmatrix: matrices go {k, k, k, k} or {k, k; 8 tokens on}.
+  __device__ int token_of_lane() const { return lane % 8 + (kLoadsSpans ? 0 : lane / 16 * 8); }
 
   // --- multiplication -------------------------------------------------------------------------
 
@@ -79,27 +90,52 @@ struct BlockGemm {
     return out;
   }
 
-  // The activations of two k16 steps as operand B: {b0, b1} for every 8 tokens. One ldmatrix reads
-  // both steps of 8 tokens, or one step of 16. `input` is this lane's row at a block of 64 columns,
-  // that is, 8 chunks; chunk c lies at c ^ (token % 8).
-  __device__ void load_fragments(uint32_t (&b)[2][kTokenTiles][2], uint32_t input, int pair) const {
-    static_assert(kTokenTiles == 1 || kTokenTiles % 2 == 0);
-    const int matrix = lane / 8;
-    uint32_t out[4];
-    if constexpr (kTokenTiles == 1) {
-      ptx::ldmatrix_x4(out, input + ((matrix ^ lane % 8) ^ pair * 4) * 16);
-      b[0][0][0] = out[0], b[0][0][1] = out[1], b[1][0][0] = out[2], b[1][0][1] = out[3];
+  // The activations of 32 columns as operand B: for every 8 tokens a register for every 8 columns.
+  // `column` counts from `input`, this lane's row where its warp's part of the stage begins. 64 columns
+  // are 8 chunks; chunk c lies at c ^ (token % 8).
+  __device__ void load_fragments(uint32_t (&b)[kTokenTiles][4], uint32_t input, int column) const {
+    static_assert(kLoadsSpans || kTokenTiles % 2 == 0);
+    const int matrix = lane / 8, first_chunk = column % 64 / 8;
+    input += column / 64 * 128;
+    if constexpr (kLoadsSpans) {
+      const uint32_t chunk = ((matrix ^ lane % 8) ^ first_chunk) * 16;
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        ptx::ldmatrix_x4(b[j], input + chunk + j * 8 * Copies::kInputPitch);
+      }
     } else {
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        const uint32_t chunk = ((matrix % 2 ^ lane % 8) ^ (pair * 4 + step * 2)) * 16;
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t chunk = ((matrix % 2 ^ lane % 8) ^ (first_chunk + i)) * 16;
 #pragma unroll
         for (int j = 0; j < kTokenTiles; j += 2) {
+          uint32_t out[4];
           ptx::ldmatrix_x4(out, input + chunk + j * 8 * Copies::kInputPitch);
-          b[step][j][0] = out[0], b[step][j][1] = out[1];
-          b[step][j + 1][0] = out[2], b[step][j + 1][1] = out[3];
+          b[j][i] = out[0], b[j][i + 1] = out[1];
+          b[j + 1][i] = out[2], b[j + 1][i + 1] = out[3];
         }
       }
+    }
+  }
+
+  __device__ static uint32_t word_of(const uint4& cell, int i) {
+    return i == 0 ? cell.x : i == 1 ? cell.y : i == 2 ? cell.z : cell.w;
+  }
+
+  // Word `word` of a block, as fragment `a`, times 8 tokens. Lanes 0 and 1 of every four hold the
+  // metadata of words 0 and 1, lanes 2 and 3 that of words 2 and 3.
+  __device__ static void multiply_word(float (&partial)[4], const uint32_t (&a)[4],
+                                       const uint32_t (&b)[4], int word, const uint2& meta) {
+    if constexpr (kTile.sparse) {
+      const uint32_t places = word % 2 == 0 ? meta.x : meta.y;
+      if (word < 2) {
+        ptx::mma_sp_m16n8k32<Element, 0>(partial, a, b, places);
+      } else {
+        ptx::mma_sp_m16n8k32<Element, 1>(partial, a, b, places);
+      }
+    } else {
+      const int first = word % 2 * 2;
+      ptx::mma_m16n8k16<Element>(partial, a, b[first], b[first + 1]);
     }
   }
 
@@ -109,32 +145,35 @@ struct BlockGemm {
     float partial[kRowBlocks][kTokenTiles][4] = {};
 #pragma unroll
     for (int block = 0; block < kTile.k_blocks; ++block) {
-      uint4 words[kRowBlocks];
+      uint4 cells[kRowBlocks];
+      uint2 meta[kRowBlocks] = {};
 #pragma unroll
       for (int r = 0; r < kRowBlocks; ++r) {
-        words[r] = *reinterpret_cast<const uint4*>(
-            stage + cell_at + (block * kRowBlocks + r) * layout::kBytesPerBlock);
+        const int at = block * kRowBlocks + r;
+        cells[r] = *reinterpret_cast<const uint4*>(stage + cell_at + at * layout::kBytesPerBlock);
+        if constexpr (kTile.sparse) {
+          meta[r] =
+              *reinterpret_cast<const uint2*>(stage + meta_at + at * layout::kMetaBytesPerBlock);
+        }
       }
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const int column = block * 64 + pair * 32;
+      for (int span = 0; span < kSpans; ++span) {
+        const int column = block * kTile.block_k() + span * 32;
         if (column > 0 && (column & ((1 << p.scale_shift) - 1)) == 0) {  // a new group begins
           add_scaled(partial, group);
           group = group_constants(stage, column >> p.scale_shift);
         }
-        uint32_t b[2][kTokenTiles][2];
-        load_fragments(b, input + block * 128, pair);
+        uint32_t b[kTokenTiles][4];
+        load_fragments(b, input, column);
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
+        for (int word = span * kSteps; word < (span + 1) * kSteps; ++word) {
 #pragma unroll
           for (int r = 0; r < kRowBlocks; ++r) {
-            const uint32_t word = pair == 0 ? (step == 0 ? words[r].x : words[r].y)
-                                            : (step == 0 ? words[r].z : words[r].w);
             uint32_t a[4];
-            convert<Element>(a, word, group.subtrahend[r]);
+            convert<Element>(a, word_of(cells[r], word), group.subtrahend[r]);
 #pragma unroll
             for (int j = 0; j < kTokenTiles; ++j) {
-              ptx::mma_m16n8k16<Element>(partial[r][j], a, b[step][j][0], b[step][j][1]);
+              multiply_word(partial[r][j], a, b[j], word, meta[r]);
             }
           }
         }

@@ -1,4 +1,5 @@
-// The compiled kernels as function pointers, in the order of plan/kernel_table.inc.
+// The compiled kernels as function pointers, in the order of plan/kernel_table.inc or, for 2:4 sparse
+// weights, of plan/sparse_kernel_table.inc.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,11 +19,11 @@ struct Instance {
 };
 
 template <typename Element>
-std::span<const Instance<Element>> instances();
+std::span<const Instance<Element>> instances(bool sparse);
 
 template <>
-std::span<const Instance<__half>> instances();
+std::span<const Instance<__half>> instances(bool sparse);
 template <>
-std::span<const Instance<__nv_bfloat16>> instances();
+std::span<const Instance<__nv_bfloat16>> instances(bool sparse);
 
 }  // namespace marlin::cuda::sm80

@@ -17,6 +17,7 @@ Params<Element> params_of(const Gemm& args, const plan::Plan& plan,
   p.input = operands.input;
   p.input_stride = operands.input_stride;
   p.qweight = args.qweight;
+  p.meta = args.meta;
   p.scales = operands.scales;
   p.zeros = operands.zeros;
   p.scale_stride = static_cast<int>(operands.scale_stride);
@@ -27,7 +28,7 @@ Params<Element> params_of(const Gemm& args, const plan::Plan& plan,
   p.n = static_cast<int>(args.n);
   p.k = static_cast<int>(operands.columns);
   p.n_blocks = static_cast<int>(layout::ceil_div(args.n, layout::kBlock));
-  p.k_blocks = static_cast<int>(layout::ceil_div(args.k, layout::kBlock));
+  p.k_blocks = static_cast<int>(layout::ceil_div(args.k, plan.kernel.tile.block_k()));
   p.groups = static_cast<int>(operands.groups);
   p.group_shift = p.groups == 1 ? 31 : std::countr_zero(static_cast<uint64_t>(args.group_size));
   p.scale_shift = std::min(p.group_shift, std::countr_zero(unsigned(plan.kernel.tile.warp_k())));
@@ -42,7 +43,7 @@ void launch(const Gemm& args, const plan::Plan& plan, void* workspace, cudaStrea
   const auto operands = prepare<Element>(args, scratch_of(args, plan), workspace, stream);
   const auto params = params_of(args, plan, operands);
   const auto& tile = plan.kernel.tile;
-  const auto& instance = instances<Element>()[plan.kernel.id];
+  const auto& instance = instances<Element>(tile.sparse)[plan.kernel.id];
   // Set at every launch: it is cheap, it is per device, and a cache of it would be state to keep.
   check(cudaFuncSetAttribute(instance.gemm, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              tile.shared_bytes()),

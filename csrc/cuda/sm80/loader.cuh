@@ -4,6 +4,7 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/sm80/params.cuh"
 #include "layout/packed.h"
+#include "layout/sparse.h"
 
 namespace marlin::cuda::sm80 {
 
@@ -15,9 +16,14 @@ struct Loader {
   static constexpr int kInputPitch = kTile.stage_k() * 2;  // bytes of a token in a stage
   static constexpr int kChunks = kTile.stage_k() / 8;      // 16-byte chunks of it
   static constexpr int kTokenStep = kThreads / kChunks;    // tokens that all threads copy at once
-  static constexpr int kInputAt = kTile.weight_bytes();    // offsets inside a stage
+  static constexpr int kSplitBlocks = kTile.blocks() / kTile.warps_k;  // that 128 threads multiply
+  static constexpr int kMetaAt = kTile.weight_bytes();                 // offsets inside a stage
+  static constexpr int kInputAt = kMetaAt + kTile.meta_bytes();
   static constexpr int kScalesAt = kInputAt + kTile.input_bytes();
   static constexpr int kZerosAt = kScalesAt + kTile.scale_bytes();
+  static_assert(kTile.block_k() == (kTile.sparse ? layout::kSparseColumns : layout::kBlock));
+  static_assert(kMetaAt == kTile.blocks() * layout::kBytesPerBlock);
+  static_assert(!kTile.sparse || kTile.meta_bytes() == kTile.blocks() * layout::kMetaBytesPerBlock);
   static_assert(kThreads % kChunks == 0);
   static_assert(kTile.scale_rows() * kRows / 8 <= kThreads);  // one copy per thread does the scales
 
@@ -25,6 +31,7 @@ struct Loader {
   Unit unit;
   int remaining;  // units of this block not yet asked for
   const int32_t* weights;
+  const int32_t* meta;  // of a sparse weight
   const Element* input;
   int k_blocks_left;  // from this thread's first block of the unit on
   int columns_left;   // from this thread's chunk of the unit on
@@ -45,6 +52,11 @@ struct Loader {
     const int column = unit.stage_of_tile * kTile.stage_k() + thread % kChunks * 8;
     weights = p.qweight + layout::word_index(unit.row_tile * kTile.row_blocks, k_block, p.k_blocks,
                                              thread % layout::kThreads, 0);
+    if constexpr (kTile.sparse) {
+      const int n_block = unit.row_tile * kTile.row_blocks + first_meta_block() % kTile.row_blocks;
+      meta = p.meta + layout::meta_index(n_block, k_block + first_meta_block() / kTile.row_blocks,
+                                         p.k_blocks, thread % kMetaThreads * 2, 0);
+    }
     input = p.input + token * p.input_stride + column;
     k_blocks_left = p.k_blocks - k_block;
     columns_left = p.k - column;
@@ -59,6 +71,9 @@ struct Loader {
     } else {
       ++unit.stage_of_tile;
       weights += kTile.warps_k * kTile.k_blocks * layout::kWordsPerBlock;
+      if constexpr (kTile.sparse) {
+        meta += kTile.warps_k * kTile.k_blocks * layout::kMetaWordsPerBlock;
+      }
       input += kTile.stage_k();
       k_blocks_left -= kTile.warps_k * kTile.k_blocks;
       columns_left -= kTile.stage_k();
@@ -68,6 +83,7 @@ struct Loader {
   __device__ void load(uint32_t stage) {
     if (remaining > 0) {
       load_weights(stage);
+      if constexpr (kTile.sparse) load_meta(stage + kMetaAt);
       load_input(stage + kInputAt);
       load_per_group(p.scales, stage + kScalesAt);
       if (p.zeros) load_per_group(p.zeros, stage + kZerosAt);
@@ -79,9 +95,8 @@ struct Loader {
   // Cells in a stage: [split][k block][row block][thread].
   __device__ void load_weights(uint32_t stage) const {
     const int thread = static_cast<int>(threadIdx.x), split = thread / layout::kThreads;
-    const uint32_t first = stage +
-                           split * (kTile.k_blocks * kTile.row_blocks * layout::kBytesPerBlock) +
-                           thread % layout::kThreads * 16;
+    const uint32_t first =
+        stage + split * (kSplitBlocks * layout::kBytesPerBlock) + thread % layout::kThreads * 16;
 #pragma unroll
     for (int block = 0; block < kTile.k_blocks; ++block) {
 #pragma unroll
@@ -92,6 +107,31 @@ struct Loader {
                          weights + (int64_t{r} * p.k_blocks + block) * layout::kWordsPerBlock,
                          valid);
       }
+    }
+  }
+
+  // 64 threads copy the metadata of a block, 16 bytes each: the 128 of a split do two blocks at once.
+  static constexpr int kMetaThreads = layout::kMetaBytesPerBlock / 16;
+
+  __device__ int first_meta_block() const {
+    return static_cast<int>(threadIdx.x) / kMetaThreads % 2;
+  }
+
+  // Zeros would not do where there is no block: they are places that the instruction must not be given.
+  // So it gets those of another block there, for weights that meet no activation or make no output.
+  __device__ void load_meta(uint32_t stage) const {
+    static_assert(kTile.row_blocks <= 2 && (kSplitBlocks == 1 || kSplitBlocks % 2 == 0));
+    const int thread = static_cast<int>(threadIdx.x), split = thread / layout::kThreads;
+    const uint32_t first = stage + split * (kSplitBlocks * layout::kMetaBytesPerBlock) +
+                           thread % layout::kThreads * 16;
+#pragma unroll
+    for (int i = 0; i < kSplitBlocks; i += 2) {
+      const int at = i + first_meta_block(), block = at / kTile.row_blocks;
+      if (kSplitBlocks == 1 && at > 0) break;
+      const bool valid = block < k_blocks_left &&
+                         unit.row_tile * kTile.row_blocks + at % kTile.row_blocks < p.n_blocks;
+      const int32_t* source = meta + i / kTile.row_blocks * layout::kMetaWordsPerBlock;
+      ptx::cp_async_16(first + i * layout::kMetaBytesPerBlock, valid ? source : p.meta, true);
     }
   }
 

@@ -12,6 +12,7 @@ struct Params {
   const Element* input;  // [m, k], rows 16-byte aligned, `input_stride` elements apart
   int64_t input_stride;
   const int32_t* qweight;
+  const int32_t* meta;    // of a 2:4 sparse weight
   const Element* scales;  // [groups], rows 16-byte aligned, `scale_stride` elements apart
   const uint8_t* zeros;   // likewise, or null
   int scale_stride;
@@ -21,14 +22,14 @@ struct Params {
   int m, n, k;      // k is a multiple of 8
   int n_blocks, k_blocks;
   int groups, group_shift;  // group of column c: min(c >> group_shift, groups - 1)
-  int scale_shift;          // a stage holds a row of scales every 2^scale_shift columns: 5, 6 or 7
+  int scale_shift;          // a stage holds a row of scales every 2^scale_shift columns: 5 to 8
   plan::Partition partition;
 };
 
 // The kernel's template arguments as a type.
-template <int kTokens, int kRowBlocks, int kWarpsK, int kBlocksK, int kStages>
+template <int kTokens, int kRowBlocks, int kWarpsK, int kBlocksK, int kStages, bool kSparse>
 struct Shape {
-  static constexpr plan::Tile kTile{kTokens, kRowBlocks, kWarpsK, kBlocksK, kStages};
+  static constexpr plan::Tile kTile{kTokens, kRowBlocks, kWarpsK, kBlocksK, kStages, kSparse};
 };
 
 // A unit of work: one stage of one tile.

@@ -8,9 +8,9 @@ namespace marlin::cuda::sm80 {
 
 inline constexpr int kReduceTokens = 4;  // tokens per block of the reduction
 
-// Only the tile's extent matters here, so tiles that differ in depth share one reduction.
+// Only the tile's extent matters here, so tiles that differ in depth share one reduction, sparse or not.
 template <int kTokens, int kRowBlocks>
-using ReduceShape = Shape<kTokens, kRowBlocks, 1, 1, 2>;
+using ReduceShape = Shape<kTokens, kRowBlocks, 1, 1, 2, false>;
 
 // Grid: {tiles, ceil(tokens / 4)}; block: {rows, 4}. One thread per output.
 template <typename Element, typename S>

@@ -3,6 +3,9 @@
 // It computes, for tiles of 64 * kRowTiles output features and up to kTokens tokens,
 //     sums[row, token] = sum over groups of scale[row, group] * sum_k (q - zero)[row, k] x[token, k]
 //
+// or, where weights are 2:4 sparse (DecodeShape::kSparse), the sum over the columns that are stored: then
+// an instruction takes 32 columns instead of 16, and their places, which come with the weights.
+//
 // Roles: three producer warps fill two rings by bulk copies, one of weights as they lie with their
 // scales and zero points, one of activations; kRowTiles * kSplits consumer warpgroups convert and
 // multiply, and take turns at stages: stage i belongs to split i % kSplits. They leave their sums in

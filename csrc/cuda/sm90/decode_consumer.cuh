@@ -8,6 +8,7 @@
 #include "cuda/element.cuh"
 #include "cuda/sm90/decode_finish.cuh"
 #include "cuda/sm90/decode_place.cuh"
+#include "cuda/sm90/step.cuh"
 
 namespace marlin::cuda::sm90 {
 
@@ -19,6 +20,17 @@ struct DecodeConsumer {
   const DecodeParams<Element>& p;
   DecodePlace<S> place;
   float sums[kTokens / 2];
+
+  struct Packed {  // of a block
+    uint4 words;
+    uint2 meta;  // of sparse weights
+  };
+
+  __device__ Packed load(int block) const {
+    Packed packed{place.words(block), {}};
+    if constexpr (S::kSparse) packed.meta = place.meta(block);
+    return packed;
+  }
 
   // This split's stages: every kSplits-th of all that the block does.
   __device__ void run() {
@@ -61,16 +73,18 @@ struct DecodeConsumer {
   // activations' type as `dequantize` rounds them. Multiplications of a stage are still under way while
   // the next stage's weights are converted; then it is given back.
   __device__ int multiply_scaled(int next, int end) {
-    constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / 16;
+    constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
     if (next >= end) return next;
     uint32_t a[4][4];
 #pragma unroll 1
     for (bool first = true; next < end; next += S::kSplits, first = false) {
       place.wait();
       const uint64_t b = place.input_descriptor();
-      uint4 words[S::kStageBlocks];
+      Packed packed[S::kStageBlocks];
 #pragma unroll
-      for (int block = 0; block < S::kStageBlocks; ++block) words[block] = place.words(block);
+      for (int block = 0; block < S::kStageBlocks; ++block) {
+        packed[block].words = place.words(block);
+      }
       uint32_t scale[S::kGroups][2], subtrahend[S::kGroups][2];
 #pragma unroll
       for (int g = 0; g < S::kGroups; ++g) {
@@ -79,10 +93,14 @@ struct DecodeConsumer {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int g = step / kGroupSteps;
-        convert<Element>(a[step % 4], (&words[step / 4].x)[step % 4], subtrahend[g]);
+        convert<Element>(a[step % 4], (&packed[step / 4].words.x)[step % 4], subtrahend[g]);
         multiply_pairs<Element>(a[step % 4], scale[g]);
+        if (S::kSparse && step % 4 == 0) {
+          ptx::wgmma_wait<0>();  // of those that use the metadata before: see load_meta
+          packed[step / 4].meta = place.meta(step / 4);
+        }
         ptx::wgmma_fence();
-        ptx::wgmma_m64k16<Element, kTokens>(sums, a[step % 4], input_of(b, step), true);
+        multiply_step(sums, a[step % 4], packed[step / 4].meta, b, step, true);
         ptx::wgmma_commit();
         ptx::wgmma_wait<3>();
         if (step == 3 && !first) place.release_previous();
@@ -103,26 +121,29 @@ struct DecodeConsumer {
   // One stage, in spans of columns whose multiplications are all under way before the first is waited
   // for: as many groups as there are registers for the sums of.
   __device__ void multiply() {
-    constexpr int kSteps = S::kPeriod / 16;  // of 16 columns, between scales
-    // 128 columns, or 64 where two blocks share the registers; with many tokens, one group.
-    constexpr int kSpan = S::kBlocksPerSm == 1 ? 8 : 4;
+    constexpr int kBlocks = S::kStageBlocks % 2 == 0 ? 2 : 1;  // whose weights are loaded at a time
+    constexpr int kSteps = S::kPeriod / S::kStepColumns;       // between scales
+    // Two blocks, or one where two blocks of threads share the registers; with many tokens, one group.
+    constexpr int kSpan = S::kBlocksPerSm == 1 ? 4 * kBlocks : 4;
     constexpr int kRoom = kTokens == 16 && kSteps == 2 ? 32 : 64;  // with 64, a register spills
     constexpr int kFit = kTokens < kRoom ? kRoom / kTokens : 1, kWanted = kSpan / kSteps;
     constexpr int kGroups = kWanted < 1 ? 1 : kWanted < kFit ? kWanted : kFit;
     const uint64_t b = place.input_descriptor();
 #pragma unroll
-    for (int half = 0; half < S::kStageBlocks / 2; ++half) {  // 128 columns
-      const uint4 words[2] = {place.words(half * 2), place.words(half * 2 + 1)};
+    for (int block = 0; block < S::kStageBlocks; block += kBlocks) {
+      Packed packed[kBlocks];
 #pragma unroll
-      for (int first = 0; first < 8; first += kSteps * kGroups) {
-        multiply_span<kSteps, kGroups>(words, b, half * 8 + first, first);
+      for (int i = 0; i < kBlocks; ++i) packed[i] = load(block + i);
+#pragma unroll
+      for (int first = 0; first < 4 * kBlocks; first += kSteps * kGroups) {
+        multiply_span<kSteps, kGroups>(packed, b, block * 4 + first, first);
       }
     }
   }
 
   // kGroups groups of kSteps steps each, from step `at` of the stage on.
-  template <int kSteps, int kGroups>
-  __device__ void multiply_span(const uint4 (&words)[2], uint64_t b, int at, int first) {
+  template <int kSteps, int kGroups, int kBlocks>
+  __device__ void multiply_span(const Packed (&packed)[kBlocks], uint64_t b, int at, int first) {
     constexpr int kMost = kTokens > 32 ? 2 : 4;  // fragments at a time; with more, registers spill
     constexpr int kBatch = kSteps < kMost ? kSteps : kMost;
     float scale[kGroups][2], partial[kGroups][kTokens / 2];
@@ -134,12 +155,13 @@ struct DecodeConsumer {
       const int g = batch / kSteps;
 #pragma unroll
       for (int i = batch; i < batch + kBatch; ++i) {
-        convert<Element>(a[i], (&words[(first + i) / 4].x)[(first + i) % 4], subtrahend[g]);
+        const uint4& words = packed[(first + i) / 4].words;
+        convert<Element>(a[i], (&words.x)[(first + i) % 4], subtrahend[g]);
       }
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = batch; i < batch + kBatch; ++i) {
-        ptx::wgmma_m64k16<Element, kTokens>(partial[g], a[i], input_of(b, at + i), i % kSteps > 0);
+        multiply_step(partial[g], a[i], packed[(first + i) / 4].meta, b, at + i, i % kSteps > 0);
       }
       ptx::wgmma_commit();
     }
@@ -154,12 +176,13 @@ struct DecodeConsumer {
     }
   }
 
-  // The activations of a step of 16 columns of the stage: 4 steps lie in 128 bytes, the next 4 behind
-  // those of all tokens that were copied (kept a constant where there is little to save).
-  __device__ uint64_t input_of(uint64_t stage, int step) const {
+  // Step `step` of the stage, whose activations begin at descriptor `stage`. (The distance between 64
+  // columns and the next is kept a constant where there are few tokens to save.)
+  __device__ void multiply_step(float (&to)[kTokens / 2], const uint32_t (&a)[4], const uint2& meta,
+                                uint64_t stage, int step, bool accumulate) const {
     const int tokens = kTokens <= 32 ? kTokens : p.input_tokens;
-    return stage + static_cast<uint32_t>(step / 4 * tokens * 8) +
-           static_cast<uint32_t>(step % 4 * 2);
+    const uint64_t b = input_of_step<S::kSparse>(stage, step, tokens);
+    sm90::multiply_step<Element, kTokens, S::kSparse>(to, a, meta, b, step % 4, accumulate);
   }
 
   // Of this thread's two rows, for a group of the stage.

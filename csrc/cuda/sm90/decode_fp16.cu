@@ -1,2 +1,4 @@
 #define MARLIN_ELEMENT __half
+#define MARLIN_SPARSE false
+#define MARLIN_TABLE "plan/decode_table.inc"
 #include "cuda/sm90/decode_instances.inc"

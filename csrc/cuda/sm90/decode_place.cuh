@@ -15,6 +15,7 @@ struct DecodePlace {
   uint32_t base;                 // of shared memory
   int row_tile, split;           // which warpgroup
   uint32_t words_at, scales_at;  // this thread's weights and scales in the first stage
+  uint32_t meta_at;              // and metadata, of sparse weights
   RingConsumer<S::kStages, S::kSplits> ring;
   RingConsumer<S::kInputStages, S::kSplits> input_ring;
 
@@ -29,6 +30,7 @@ struct DecodePlace {
     input_ring = {barriers().input_full(), barriers().input_empty(), split};
     words_at = base + S::kWeightsAt + row_tile * S::kRowTileBytes + thread() * 16;
     scales_at = base + S::kScalesAt + row() * 2;
+    meta_at = base + S::kWeightsAt + row_tile * S::kRowTileBytes + S::kMetaAt + thread() * 8;
   }
 
   __device__ DecodeBarriers<S> barriers() const { return {base + S::kBarriersAt}; }
@@ -44,6 +46,9 @@ struct DecodePlace {
   __device__ uint4 words(int block) const {
     return ptx::load_shared<uint4>(words_at + ring.slot * S::kWeightBytes +
                                    block * layout::kBytesPerBlock);
+  }
+  __device__ uint2 meta(int block) const {
+    return load_meta(meta_at + ring.slot * S::kWeightBytes + block * S::kMetaBytes);
   }
   __device__ uint32_t scales(int group) const {
     return scales_at + ring.slot * S::kScaleBytes + group * S::kRows * 2;

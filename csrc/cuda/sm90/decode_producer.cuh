@@ -28,24 +28,44 @@ struct DecodeProducer {
       const int32_t* from =
           p.qweight + layout::word_index(row_block, first_block, p.k_blocks, 0, 0);
       const int64_t to_next_row_block = int64_t{p.k_blocks} * layout::kWordsPerBlock;
+      [[maybe_unused]] const int32_t* meta =
+          p.meta + (int64_t{row_block} * p.k_blocks + first_block) * layout::kMetaWordsPerBlock;
+      [[maybe_unused]] const int64_t to_next_meta =
+          int64_t{p.k_blocks} * layout::kMetaWordsPerBlock;
       int blocks = min(work.stages() * S::kStageBlocks, p.k_blocks - first_block);
 #pragma unroll 1
       for (; blocks > 0; blocks -= S::kStageBlocks) {
         if (early-- == 0) ptx::wait_for_earlier_kernels();
         ring.fill([&](int slot, uint32_t barrier) {
-          const int bytes = min(S::kStageBlocks, blocks) * layout::kBytesPerBlock;
+          const int count = min(S::kStageBlocks, blocks);
+          const int bytes = count * layout::kBytesPerBlock;
           const uint32_t to = shared + S::kWeightsAt + slot * S::kWeightBytes;
-          ptx::mbarrier_arrive_expect(barrier, row_blocks * bytes);
+          ptx::mbarrier_arrive_expect(barrier, row_blocks * bytes + S::kStageMetaBytes);
 #pragma unroll
           for (int r = 0; r < S::kRowTiles; ++r) {
             if (r < row_blocks) {
               ptx::bulk_copy(to + r * S::kRowTileBytes, from + r * to_next_row_block, bytes,
                              barrier);
             }
+            if constexpr (S::kSparse) {
+              copy_meta(to + r * S::kRowTileBytes + S::kMetaAt,
+                        meta + min(r, row_blocks - 1) * to_next_meta, count, barrier);
+            }
           }
         });
         from += S::kStageBlocks * layout::kWordsPerBlock;
+        meta += S::kStageBlocks * layout::kMetaWordsPerBlock;
       }
+    }
+  }
+
+  // Of a row tile's stage that has `count` blocks. Where there is none, another's: what it picks from
+  // are zeros, or sums that nobody stores, but places that do not rise must not be given to wgmma.
+  __device__ static void copy_meta(uint32_t to, const int32_t* from, int count, uint32_t barrier) {
+    ptx::bulk_copy(to, from, count * S::kMetaBytes, barrier);
+#pragma unroll 1
+    for (int i = count; i < S::kStageBlocks; ++i) {
+      ptx::bulk_copy(to + i * S::kMetaBytes, from, S::kMetaBytes, barrier);
     }
   }
 
@@ -57,15 +77,16 @@ struct DecodeProducer {
     if (!p.static_weights) ptx::let_next_kernel_start();
 #pragma unroll 1
     for (; work.valid(); work.advance()) {
-      int block = work.first_stage() * S::kStageBlocks;
+      constexpr int kBoxes = S::kTile.stage_k() / 64;
+      int box = work.first_stage() * kBoxes;
       const int token = work.first_token();
 #pragma unroll 1
       for (int i = work.stages(); i > 0; --i) {
         ring.fill([&](int slot, uint32_t barrier) {
           ptx::mbarrier_arrive_expect(barrier, bytes);
-          ptx::tensor_copy(shared + slot * S::kInputBytes, p.input, 0, token, block, barrier);
+          ptx::tensor_copy(shared + slot * S::kInputBytes, p.input, 0, token, box, barrier);
         });
-        block += S::kStageBlocks;
+        box += kBoxes;
       }
     }
   }

@@ -3,7 +3,8 @@
 
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/sm90/layer.h"
-#include "layout/packed.h"
+#include "cuda/sm90/step.cuh"
+#include "layout/sparse.h"
 #include "plan/decode.h"
 
 namespace marlin::cuda::sm90 {
@@ -17,10 +18,12 @@ struct DecodeParams : LayerParams<Element> {
 };
 
 template <int kTokens_, int kRowTiles_, int kSplits_, int kStageBlocks_, int kBlocksPerSm_,
-          int kInputStages_, int kPeriod_>
+          int kInputStages_, int kPeriod_, bool kSparse_ = false>
 struct DecodeShape {
-  static constexpr plan::DecodeTile kTile{kTokens_,      kRowTiles_,    kSplits_,
-                                          kStageBlocks_, kBlocksPerSm_, kInputStages_};
+  static constexpr plan::DecodeTile kTile{kTokens_,      kRowTiles_,    kSplits_, kStageBlocks_,
+                                          kBlocksPerSm_, kInputStages_, kSparse_};
+  static constexpr bool kSparse = kSparse_;
+  static constexpr int kStepColumns = sm90::kStepColumns<kSparse_>;
   static constexpr int kTokens = kTokens_, kRowTiles = kRowTiles_, kSplits = kSplits_;
   static constexpr int kStageBlocks = kStageBlocks_, kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kPeriod = kPeriod_;  // columns between scales
@@ -29,8 +32,15 @@ struct DecodeShape {
   static constexpr int kGroups = kTile.stage_k() / kPeriod;  // rows of scales in a stage
   static constexpr int kRows = kTile.rows(), kThreads = kTile.threads();
   static constexpr int kConsumers = kTile.consumers();
-  static constexpr int kRowTileBytes = kStageBlocks * layout::kBytesPerBlock;
+  // Of a stage of weights: for every row tile its blocks, then what metadata they have.
+  static constexpr int kMetaBytes = kSparse ? layout::kMetaWordsPerBlock * 4 : 0;  // of a block
+  static constexpr int kBlockBytes = layout::kBytesPerBlock + kMetaBytes;
+  static constexpr int kMetaAt = kStageBlocks * layout::kBytesPerBlock;
+  static constexpr int kStageMetaBytes = kRowTiles * kStageBlocks * kMetaBytes;
+  static constexpr int kRowTileBytes = kStageBlocks * kBlockBytes;
   static constexpr int kInputBytes = kTile.input_bytes(), kWeightBytes = kTile.weight_bytes();
+  static_assert(kWeightBytes == kRowTiles * kRowTileBytes);
+  static_assert(kTile.stage_k() == kStageBlocks * layout::kWordsPerThread * kStepColumns);
   static constexpr int kWeightsAt = kTile.weights_at();
   static constexpr int kScalesAt = kTile.scales_at(kPeriod), kZerosAt = kTile.zeros_at(kPeriod);
   static constexpr int kScaleBytes = kTile.scale_bytes(kPeriod);

@@ -23,24 +23,24 @@ constexpr MapType kMapType =
 struct InputBox {
   int tokens, blocks;  // of 64 columns
 
-  static InputBox of(int tile_tokens, int64_t m, int blocks) {
+  static InputBox of(int tile_tokens, int64_t m, int stage_k) {
     // Whole swizzle patterns of 8 tokens; kernels for few tokens copy whole tiles.
-    if (tile_tokens <= 32) return {tile_tokens, blocks};
-    return {static_cast<int>(std::min<int64_t>(tile_tokens, (m + 7) / 8 * 8)), blocks};
+    const int64_t most = tile_tokens <= 32 ? tile_tokens : (m + 7) / 8 * 8;
+    return {static_cast<int>(std::min<int64_t>(tile_tokens, most)), stage_k / 64};
   }
 };
 
-// What kernels are told of a call whose tiles have `rows` and whose stages are of `stage_blocks` x 64
-// columns, with scales every `period` of them.
+// What kernels are told of a call whose tiles have `rows` and whose stages are of `stage_k` columns,
+// with scales every `period` of them.
 template <typename Element>
 void describe(LayerParams<Element>& p, const Gemm& args, const Operands<Element>& operands,
-              InputBox box, int rows, int stage_blocks, int period) {
+              InputBox box, int rows, int stage_k, int period) {
   const auto m = static_cast<uint64_t>(args.m), n = static_cast<uint64_t>(args.n);
   const auto groups = static_cast<uint64_t>(operands.groups);
   const auto columns = static_cast<uint64_t>(operands.columns);
   const auto scale_stride = static_cast<uint64_t>(operands.scale_stride);
   const auto input_stride = static_cast<uint64_t>(operands.input_stride);
-  const int stage_groups = groups == 1 ? 1 : std::max(stage_blocks * 64 / period, 1);
+  const int stage_groups = groups == 1 ? 1 : std::max(stage_k / period, 1);
   const std::array<uint32_t, 2> scale_box{static_cast<uint32_t>(rows),
                                           static_cast<uint32_t>(stage_groups)};
   p.input = tensor_map(
@@ -54,12 +54,14 @@ void describe(LayerParams<Element>& p, const Gemm& args, const Operands<Element>
   }
   p.input_tokens = box.tokens;
   p.qweight = args.qweight;
+  p.meta = args.meta;
   p.bias = static_cast<const Element*>(args.bias);
   p.output = static_cast<Element*>(args.output);
   p.m = static_cast<int>(args.m);
   p.n = static_cast<int>(args.n);
   p.n_blocks = static_cast<int>(layout::ceil_div(args.n, layout::kBlock));
-  p.k_blocks = static_cast<int>(layout::ceil_div(args.k, layout::kBlock));
+  p.k_blocks = static_cast<int>(
+      layout::ceil_div(args.k, args.meta ? layout::kSparseColumns : layout::kBlock));
   p.has_zeros = operands.zeros != nullptr;
   p.one_group = groups == 1;
   // Copies of the scales that this call has queued are work of an earlier kernel.
@@ -91,7 +93,7 @@ void start(void (*kernel)(Params), const Params& params, int blocks, int threads
 std::array<int, 9> clusters_at_once() {
   std::array<int, 9> out{};
   const plan::PrefillKernel& kernel = plan::prefill_kernels().front();
-  const auto function = prefill_instance<__half>(kernel.id, 128);
+  const auto function = prefill_instance<__half>(kernel.id, false, 128);
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              kernel.tile.shared_bytes()),
         "cudaFuncSetAttribute");
@@ -121,15 +123,15 @@ void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cud
   const auto operands = prepare<Element>(args, scratch_of(args, plan), workspace, stream);
   const plan::DecodeTile& tile = plan.kernel.tile;
   DecodeParams<Element> p{};
-  const InputBox box = InputBox::of(tile.tokens, args.m, tile.stage_blocks);
-  describe(p, args, operands, box, tile.rows(), tile.stage_blocks, plan.period);
+  const InputBox box = InputBox::of(tile.tokens, args.m, tile.stage_k());
+  describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.row_tiles = plan.row_tiles;
   p.token_tiles = plan.token_tiles;
   p.deal = plan::DecodeDeal::of(plan.blocks, plan.cluster, plan.row_tiles * plan.token_tiles);
   p.stages = plan.stages;
   p.early_stages = plan.early_stages;
-  start(decode_instance<Element>(plan.kernel.id, plan.period), p, plan.blocks, tile.threads(),
-        tile.shared_bytes(plan.period), plan.cluster, stream);
+  start(decode_instance<Element>(plan.kernel.id, tile.sparse, plan.period), p, plan.blocks,
+        tile.threads(), tile.shared_bytes(plan.period), plan.cluster, stream);
 }
 
 template <typename Element>
@@ -138,8 +140,8 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   const plan::PrefillTile& tile = plan.kernel.tile;
   PrefillParams<Element> p{};
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
-  const InputBox box = InputBox::of(tile.tokens / plan.input_shares, args.m, tile.stage_blocks);
-  describe(p, args, operands, box, tile.rows(), tile.stage_blocks, plan.period);
+  const InputBox box = InputBox::of(tile.tokens / plan.input_shares, args.m, tile.stage_k());
+  describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
   p.row_tiles = plan.row_tiles;
   p.token_tiles = plan.token_tiles;
@@ -150,8 +152,8 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   p.stages_per_block = plan.stages_per_block;
   p.k_shares = plan.cluster / plan.input_shares;
   p.input_shares = plan.input_shares;
-  start(prefill_instance<Element>(plan.kernel.id, plan.period), p, plan.blocks, tile.threads(),
-        tile.shared_bytes(), plan.cluster, stream);
+  start(prefill_instance<Element>(plan.kernel.id, tile.sparse, plan.period), p, plan.blocks,
+        tile.threads(), tile.shared_bytes(), plan.cluster, stream);
 }
 
 template void launch<__half>(const Gemm&, const plan::DecodePlan&, void*, cudaStream_t);

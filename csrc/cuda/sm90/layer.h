@@ -15,9 +15,10 @@ struct LayerParams {
   const int32_t* qweight;
   const Element* bias;  // or null
   Element* output;
-  int m, n, n_blocks, k_blocks;
-  int input_tokens;  // that a copy of activations brings
+  int m, n, n_blocks, k_blocks;  // blocks of weights
+  int input_tokens;              // that a copy of activations brings
   bool has_zeros, one_group, static_weights;
+  const int32_t* meta;  // of 2:4 sparse weights
 };
 
 }  // namespace marlin::cuda::sm90

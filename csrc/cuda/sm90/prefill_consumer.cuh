@@ -47,6 +47,12 @@ struct PrefillConsumer {
     }
   }
 
+  // This thread's, in the first stage.
+  __device__ uint32_t meta_at() const {
+    return words_at - thread * 16 - warpgroup * S::kRowBlockBytes - S::kWeightsAt + S::kMetaAt +
+           warpgroup * S::kMetaBytes + thread * 8;
+  }
+
   __device__ int row_in_piece() const { return thread / 32 * 16 + thread % 32 / 4; }
 
   __device__ void next_slot() {
@@ -92,7 +98,7 @@ struct PrefillConsumer {
   // A tile's stages. A stage is given back when the first multiplications of the next have been
   // issued, since at most three may be unfinished then.
   __device__ void multiply(int stages) {
-    constexpr int kSets = S::kPeriod == 32 ? 2 : 1;  // of factors per 64 columns
+    constexpr int kSets = S::kSets;
     uint32_t a[4][4];
     RowFactors factors[kSets];
 #pragma unroll 1
@@ -110,17 +116,23 @@ struct PrefillConsumer {
         const uint4& word = words[block];
 #pragma unroll
         for (int set = 0; set < kSets; ++set) {
-          load(factors[set], stage,
-               S::kPeriod == 32 ? block * 2 + set : block * p.groups_per_block);
+          const int at = block * kSets + set;
+          load(factors[set], stage, S::kPeriod == 32 ? at : at * p.groups_per_block);
         }
+        uint2 meta{};
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
           const RowFactors& factor = factors[step * kSets / 4];
           convert<Element>(a[step], (&word.x)[step], factor.subtrahend);
           multiply_pairs<Element>(a[step], factor.scale);
+          if (S::kSparse && step == 0) {
+            ptx::wgmma_wait<0>();
+            meta = load_meta(meta_at() + stage + block * layout::kMetaWordsPerBlock * 4);
+          }
           ptx::wgmma_fence();
-          ptx::wgmma_m64k16<Element, kTokens>(
-              sums, a[step], b + static_cast<uint64_t>(block * kTokens * 8 + step * 2),
+          multiply_step<Element, kTokens, S::kSparse>(
+              sums, a[step], meta,
+              input_of_step<S::kSparse>(b, block * 4 + step, p.input_tokens), step,
               (i | block | step) != 0);
           ptx::wgmma_commit();
           ptx::wgmma_wait<3>();

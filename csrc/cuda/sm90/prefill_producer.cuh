@@ -38,22 +38,33 @@ struct PrefillProducer {
     const int32_t* from =
         p.qweight + layout::word_index(tile.row_block(), first_block, p.k_blocks, 0, 0);
     const int64_t to_next_row_block = int64_t{p.k_blocks} * layout::kWordsPerBlock;
+    [[maybe_unused]] const int32_t* meta =
+        p.meta +
+        (int64_t{tile.row_block()} * p.k_blocks + first_block) * layout::kMetaWordsPerBlock;
+    [[maybe_unused]] const int64_t to_next_meta = int64_t{p.k_blocks} * layout::kMetaWordsPerBlock;
     int blocks = min(tile.stages() * S::kStageBlocks, p.k_blocks - first_block);
 #pragma unroll 1
     for (; blocks > 0; blocks -= S::kStageBlocks) {
       ring.fill([&](int slot, uint32_t barrier) {
         const uint32_t stage = shared + slot * S::kStageBytes;
-        const int bytes = min(S::kStageBlocks, blocks) * layout::kBytesPerBlock;
-        ptx::mbarrier_arrive_expect(barrier, pieces * bytes);
+        const int count = min(S::kStageBlocks, blocks);
+        const int bytes = count * layout::kBytesPerBlock;
+        const int meta_bytes = S::kSparse ? count * layout::kMetaWordsPerBlock * 4 : 0;
+        ptx::mbarrier_arrive_expect(barrier, pieces * (bytes + meta_bytes));
 #pragma unroll
         for (int r = 0; r < S::kRowBlocks; ++r) {
           if (r < pieces) {
             ptx::bulk_copy(stage + S::kWeightsAt + r * S::kRowBlockBytes,
                            from + r * to_next_row_block, bytes, barrier);
+            if constexpr (S::kSparse) {
+              ptx::bulk_copy(stage + S::kMetaAt + r * S::kMetaBytes, meta + r * to_next_meta,
+                             meta_bytes, barrier);
+            }
           }
         }
       });
       from += S::kStageBlocks * layout::kWordsPerBlock;
+      meta += S::kStageBlocks * layout::kMetaWordsPerBlock;
     }
   }
 
@@ -65,10 +76,11 @@ struct PrefillProducer {
     const int token = tile.first_token() + part;
     const auto blocks =
         static_cast<uint16_t>(((1 << place.input_shares) - 1) << place.with_input(0));
-    int block = tile.first_stage() * S::kStageBlocks;
-    const int last = block + tile.stages() * S::kStageBlocks;
+    constexpr int kBlocks = S::kTile.stage_k() / 64;
+    int block = tile.first_stage() * kBlocks;
+    const int last = block + tile.stages() * kBlocks;
 #pragma unroll 1
-    for (; block < last; block += S::kStageBlocks) {
+    for (; block < last; block += kBlocks) {
       ring.fill([&](int slot, uint32_t barrier) {
         const uint32_t to = shared + slot * S::kStageBytes + S::kInputAt;
         ptx::mbarrier_arrive_expect(barrier, bytes);

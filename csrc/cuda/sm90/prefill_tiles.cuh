@@ -2,7 +2,8 @@
 #pragma once
 
 #include "cuda/sm90/layer.h"
-#include "layout/packed.h"
+#include "cuda/sm90/step.cuh"
+#include "layout/sparse.h"
 #include "plan/prefill.h"
 
 namespace marlin::cuda::sm90 {
@@ -18,24 +19,26 @@ struct PrefillParams : LayerParams<Element> {
   int k_shares, input_shares;  // blocks of a cluster that share a tile's k, and its activations
 };
 
-template <int kTokens_, int kRowBlocks_, int kStageBlocks_, int kPeriod_>
+template <int kTokens_, int kRowBlocks_, int kStageBlocks_, int kPeriod_, bool kSparse_>
 struct PrefillShape {
-  static constexpr plan::PrefillTile kTile{kTokens_, kRowBlocks_, kStageBlocks_};
+  static constexpr plan::PrefillTile kTile{kTokens_, kRowBlocks_, kStageBlocks_, kSparse_};
   static constexpr int kTokens = kTokens_, kStageBlocks = kStageBlocks_;
   static constexpr int kPeriod = kPeriod_;  // 32: columns between scales. 64: or more
+  static constexpr bool kSparse = kSparse_;
+  static constexpr int kSets = 4 * kStepColumns<kSparse> / kPeriod;  // of scales, for a block
   static constexpr int kRowBlocks = kRowBlocks_, kRows = kTile.rows();
   static constexpr int kConsumers = kTile.consumers();
   static constexpr int kStages = kTile.stages(), kStageBytes = kTile.stage_bytes();
   static constexpr int kRowBlockBytes = kStageBlocks * layout::kBytesPerBlock;
-  static constexpr int kInputAt = 0, kWeightsAt = kTile.input_bytes();
+  static constexpr int kMetaBytes =
+      kStageBlocks * layout::kMetaWordsPerBlock * 4;  // of a row block
+  static constexpr int kInputAt = 0, kWeightsAt = kTile.input_bytes(), kMetaAt = kTile.meta_at();
   static constexpr int kScalesAt = kTile.scales_at(), kZerosAt = kTile.zeros_at();
   static constexpr int kOutputAt = kTile.output_at(), kBarriersAt = kTile.barriers_at();
   static constexpr int kSumStride = kTile.sum_stride();
   // Per thread; together, what the block's threads have at its launch.
   static constexpr int kProducerRegisters = kRowBlocks == 4 ? 32 : 40;
   static constexpr int kConsumerRegisters = kRowBlocks == 4 ? 112 : 232;
-  // Blocks that share activations copy equal parts of their tokens, in whole swizzle patterns.
-  static constexpr int kMostInputShares = kStageBlocks == 1 && kTokens % 32 == 0 ? 4 : 2;
   static_assert(kStages >= 3 && kStages <= 16 && kTokens % 16 == 0);
   static_assert(kTokens * kSumStride * 4 <= kOutputAt);
 };

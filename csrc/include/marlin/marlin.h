@@ -12,7 +12,7 @@ namespace marlin {
 
 enum class DType : int8_t { kFloat16, kBFloat16 };
 
-// output[m, n] = input[m, perm] . ((q - zeros) * scales)[n, k]^T + bias. Sparse: on the CPU only, so far.
+// output[m, n] = input[m, perm] . ((q - zeros) * scales)[n, k]^T + bias
 struct Gemm {
   const void* input = nullptr;  // [m, k], rows `input_stride` elements apart
   int64_t input_stride = 0;
@@ -28,7 +28,8 @@ struct Gemm {
   // A promise that no kernel still in flight on the stream writes qweight, scales or zeros: they may
   // then be read before the stream's earlier kernels have finished.
   bool static_weights = false;
-  // Of a 2:4 sparse weight, as pack_24 makes it, with its qweight; such a one has no perm. Null: dense.
+  // Of a 2:4 sparse weight, as pack_24 makes it, with its qweight; 16-byte aligned; such a one has no
+  // perm. Null: dense.
   const int32_t* meta = nullptr;
 };
 

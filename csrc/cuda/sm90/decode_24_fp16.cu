@@ -1,0 +1,4 @@
+#define MARLIN_ELEMENT __half
+#define MARLIN_SPARSE true
+#define MARLIN_TABLE "plan/decode_24_table.inc"
+#include "cuda/sm90/decode_instances.inc"

@@ -1,0 +1,4 @@
+#define MARLIN_ELEMENT __nv_bfloat16
+#define MARLIN_SPARSE true
+#define MARLIN_TABLE "plan/prefill_24_table.inc"
+#include "cuda/sm90/prefill_instances.inc"
