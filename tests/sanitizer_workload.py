@@ -54,8 +54,8 @@ def multiply_24() -> None:
     multiply_with(make_weight_24, SHAPES_24, "sm80_24")
 
 
-def hopper_cases() -> Iterator[tuple[dict[str, Any], int, int, int]]:
-    """Yields (kernel, cluster, multiprocessors, M): every Hopper kernel, alone and in clusters.
+def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
+    """Yields (kernel, partition, M): every Hopper kernel, alone and in clusters.
 
     Of its blocks, some do a part of a tile, some one, some many.
     """
@@ -63,10 +63,11 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], int, int, int]]:
         if kernel["family"].startswith("sm80"):
             continue
         few = kernel["family"] != "sm90_prefill"
-        for cluster in (1, 2) if few else (1, 2, 3):
+        for cluster, shares in ((1, 1), (2, 1)) if few else ((1, 1), (2, 1), (3, 1), (2, 2)):
             for sms in SMS:
-                for m in (1, kernel["tokens"] - 1) if few else (33, 300):
-                    yield kernel, cluster, sms, m
+                ms = (1, kernel["tokens"] - 1) if few else (33, 300)
+                for m in (*ms, 2 * kernel["tokens"] - 1) if few and kernel["any_m"] else ms:
+                    yield kernel, {"sms": sms, "cluster": cluster, "input_shares": shares}, m
 
 
 def multiply_on_hopper() -> None:
@@ -79,8 +80,8 @@ def multiply_on_hopper() -> None:
             options = ALL_OPTIONS[make] if full else {}
             w = make(1000, 700, group_size, dtype=dtype, device="cuda", **options)
             weights[sparse] = w, w.dense64()
-        for kernel, cluster, sms, m in hopper_cases():
-            _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
+        for kernel, partition, m in hopper_cases():
+            _inspect.force_plan(kernel["id"], **partition)
             x = make_input(m, 700, dtype=dtype, device="cuda")
             w, dense = weights[kernel["sparse"]]
             rounded = kernel["rounds_weights"]

@@ -111,6 +111,14 @@ def test_one_hot_inputs_read_out_the_weight(
             assert torch.equal(weight.gemm(x[rows]), expected[rows])
 
 
+# The blocks of a cluster, and how many of them share activations.
+CLUSTERS = {
+    "sm80": ((1, 1),),
+    "sm90_decode": ((1, 1), (2, 1)),
+    "sm90_prefill": ((1, 1), (2, 1), (3, 1), (8, 1), (2, 2), (4, 2), (4, 4)),
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,7 +133,8 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
         zeros=options, perm=options, bias=options,
     )  # fmt: skip
     dense = weight.dense64()
-    inputs = [make_input(m, 5000, dtype=dtype, device="cuda") for m in (1, 11, 30, 61, 97, 150)]
+    ms = (1, 11, 30, 61, 97, 150, 257)
+    inputs = [make_input(m, 5000, dtype=dtype, device="cuda") for m in ms]
     try:
         for kernel in _inspect.plans():
             family = kernel["family"]
@@ -133,15 +142,16 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
                 continue
             if family != "sm80" and torch.cuda.get_device_capability() != (9, 0):
                 continue
-            clusters = {"sm80": (1,), "sm90_decode": (1, 2), "sm90_prefill": (1, 2, 3, 8)}[family]
-            for cluster in clusters:
-                _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
+            for cluster, input_shares in CLUSTERS[family]:
+                _inspect.force_plan(
+                    kernel["id"], sms=sms, cluster=cluster, input_shares=input_shares
+                )
                 for x in inputs:
-                    if family == "sm90_decode" and x.shape[0] > kernel["tokens"]:
-                        continue
-                    reference.assert_close(
-                        weight.gemm(x), x, dense, weight.bias, rounded=kernel["rounds_weights"]
-                    )
+                    if kernel["any_m"] or x.shape[0] <= kernel["tokens"]:
+                        rounded = kernel["rounds_weights"]
+                        reference.assert_close(
+                            weight.gemm(x), x, dense, weight.bias, rounded=rounded
+                        )
     finally:
         _inspect.force_plan()
 

@@ -84,9 +84,11 @@ def test_plan_for_keeps_the_kinds_of_weights_apart(m: int, sm: int, sms: int) ->
 
 def test_sanitizers_reach_every_hopper_kernel() -> None:
     """Alone and in clusters, on all multiprocessors and on few; sm80 is forced one by one."""
-    reached = {(kernel["name"], cluster, sms) for kernel, cluster, sms, _ in hopper_cases()}
+    reached = {(kernel["name"], *partition.values()) for kernel, partition, _ in hopper_cases()}
     for plan in _inspect.plans():
         if not plan["family"].startswith("sm80"):
-            clusters = (1, 2, 3) if plan["family"] == "sm90_prefill" else (1, 2)
-            expected = {(plan["name"], cluster, sms) for cluster in clusters for sms in SMS}
+            clusters = [(1, 1), (2, 1)]
+            if plan["family"] == "sm90_prefill":
+                clusters += [(3, 1), (2, 2)]
+            expected = {(plan["name"], sms, *cluster) for cluster in clusters for sms in SMS}
             assert expected <= reached

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import reference
@@ -138,6 +140,46 @@ def test_cuda_graph(make: Maker, m: int) -> None:
         x.copy_(make_input(m, 2880, dtype=torch.float16, device="cuda", seed=seed))
         graph.replay()
         assert torch.equal(y, w.gemm(w.gemm(x)[:, :1].expand(m, 2880) + x))
+
+
+class EdgeData(ctypes.Structure):
+    """cudaGraphEdgeData."""
+
+    _fields_ = (
+        ("from_port", ctypes.c_ubyte),
+        ("to_port", ctypes.c_ubyte),
+        ("type", ctypes.c_ubyte),
+        ("reserved", ctypes.c_ubyte * 5),
+    )
+
+
+def edges(graph: torch.cuda.CUDAGraph) -> list[EdgeData]:
+    """The dependencies between the nodes of a captured graph, as the driver has them."""
+    loaded = Path("/proc/self/maps").read_text().split()
+    runtime = ctypes.CDLL(next(path for path in loaded if "/libcudart.so" in path))
+    get = runtime.cudaGraphGetEdges if torch.version.cuda >= "13" else runtime.cudaGraphGetEdges_v2
+    handle, count = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t()
+    assert get(handle, None, None, None, ctypes.byref(count)) == 0
+    nodes = ctypes.c_void_p * count.value
+    data = (EdgeData * count.value)()
+    assert get(handle, nodes(), nodes(), data, ctypes.byref(count)) == 0
+    return list(data)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 100, 300])
+def test_capture_keeps_the_programmatic_edges(m: int) -> None:
+    """Between two products a graph has the edge that lets the second start early (type 1)."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only Hopper's kernels are launched so")
+    w = [make_weight(512, 512, device="cuda", seed=seed) for seed in range(4)]
+    x = make_input(m, 512, dtype=torch.float16, device="cuda")
+    w[0].gemm(x)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        for weight in w:
+            x = ops.gemm(x, weight.qweight, weight.scales, static_weights=True)
+    assert [(edge.type, edge.from_port) for edge in edges(graph)] == [(1, 1)] * 3
 
 
 @pytest.mark.gpu

@@ -17,10 +17,16 @@ namespace py = pybind11;
 namespace marlin::inspect {
 namespace {
 
+struct Traits {
+  bool sparse;          // for 2:4 sparse weights
+  bool any_m;           // more tokens than a tile holds make several tiles
+  bool rounds_weights;  // to the activations' type
+};
+
 // The kernels of the tables are numbered one after the other, those for 2:4 sparse weights last.
 template <typename Kernel>
 py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int stages,
-                  int shared_bytes, bool sparse, bool rounds_weights) {
+                  int shared_bytes, Traits traits) {
   py::dict out;
   out["id"] = static_cast<int>(first_id) + kernel.id;
   out["name"] = kernel.name();
@@ -31,8 +37,9 @@ py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int
   out["stages"] = stages;
   out["threads"] = kernel.tile.threads();
   out["shared_bytes"] = shared_bytes;
-  out["sparse"] = sparse;
-  out["rounds_weights"] = rounds_weights;
+  out["sparse"] = traits.sparse;
+  out["any_m"] = traits.any_m;
+  out["rounds_weights"] = traits.rounds_weights;
   out["reason"] = kernel.reason;
   return out;
 }
@@ -42,21 +49,26 @@ py::dict describe(const plan::Kernel& kernel) {
   const size_t dense_kernels =
       plan::kernels().size() + plan::decode_kernels().size() + plan::prefill_kernels().size();
   return describe(kernel, sparse ? dense_kernels : 0, kernel.family, kernel.tile.stages,
-                  kernel.tile.shared_bytes(), sparse, false);
+                  kernel.tile.shared_bytes(),
+                  {.sparse = sparse, .any_m = true, .rounds_weights = false});
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
-  const bool sparse = kernel.tile.sparse;
+  const plan::DecodeTile& tile = kernel.tile;
   const size_t between = plan::decode_kernels().size() + plan::prefill_kernels().size() +
                          plan::sparse_kernels().size();
-  return describe(kernel, plan::kernels().size() + (sparse ? between : 0),
-                  sparse ? "sm90_decode_24" : "sm90_decode", kernel.tile.stages(128),
-                  kernel.tile.shared_bytes(128), sparse, kernel.tile.scales_weights());
+  return describe(kernel, plan::kernels().size() + (tile.sparse ? between : 0),
+                  tile.sparse ? "sm90_decode_24" : "sm90_decode", tile.stages(128),
+                  tile.shared_bytes(128),
+                  {.sparse = tile.sparse,
+                   .any_m = tile.many_token_tiles(),
+                   .rounds_weights = tile.scales_weights()});
 }
 
 py::dict describe(const plan::PrefillKernel& kernel) {
   return describe(kernel, plan::kernels().size() + plan::decode_kernels().size(), "sm90_prefill",
-                  kernel.tile.stages(), kernel.tile.shared_bytes(), false, true);
+                  kernel.tile.stages(), kernel.tile.shared_bytes(),
+                  {.sparse = false, .any_m = true, .rounds_weights = true});
 }
 
 py::list plans() {
@@ -98,6 +110,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["cluster"] = decode->cluster;
     out["early_stages"] = decode->early_stages;
     out["row_tiles"] = decode->row_tiles;
+    out["token_tiles"] = decode->token_tiles;
     out["stages_per_tile"] = decode->stages;
     out["workspace_bytes"] = 0;
     return out;

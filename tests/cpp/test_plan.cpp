@@ -201,7 +201,8 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, *plan));
     const auto kernels = decode_kernels(problem.sparse);
     const auto& kernel = kernels[random() % kernels.size()];
-    problem.m = up_to(kernel.tile.many_token_tiles() ? 600 : kernel.tile.tokens);
+    problem.m = kernel.tile.many_token_tiles() ? up_to(400)
+                                               : std::min<int64_t>(problem.m, kernel.tile.tokens);
     const auto cluster = static_cast<int>(up_to(2));
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, decode_plan_with(kernel, cluster, problem)));
   }
@@ -212,10 +213,7 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
   wide.m = 257, wide.n = 4096;
   EXPECT_FALSE(select_decode(wide).has_value());
   wide.m = 256;
-  const auto two_token_tiles = select_decode(wide);
-  ASSERT_TRUE(two_token_tiles.has_value());
-  EXPECT_EQ(two_token_tiles->token_tiles, 2);
-  check_decode(wide, *two_token_tiles);
+  EXPECT_EQ(select_decode(wide)->token_tiles, 2);
 }
 
 TEST(Plan, DecodeAsksForFewWeightsEarlyWhereBlocksDoMuch) {
@@ -328,7 +326,7 @@ void check_prefill(const Problem& problem, const PrefillPlan& plan) {
       const int of_group = plan.token_group * plan.row_tiles;
       const int first = at / of_group * plan.token_group;
       const int size = std::min(plan.token_group, plan.token_tiles - first);
-      const int rows = tile.row_blocks * plan.input_shares;
+      const int rows = tile.row_blocks * plan.input_shares;  // row blocks of the cluster
       const int row_block = at % of_group / size * rows;
       const int token_tile = first + at % of_group % size;
       for (int r = row_block; r < std::min(row_block + rows, plan.row_blocks); ++r) {
@@ -351,9 +349,9 @@ TEST(Plan, PrefillDoesEverythingOnce) {
     ASSERT_NO_FATAL_FAILURE(check_prefill(problem, *chosen));
     const auto& kernel = prefill_kernels()[random() % prefill_kernels().size()];
     const auto cluster = static_cast<int>(up_to(Device::kLargestCluster));
-    const auto input_shares = static_cast<int>(up_to(2));
+    const int shares = 1 << (random() % 3);
     ASSERT_NO_FATAL_FAILURE(
-        check_prefill(problem, prefill_plan_with(kernel, cluster, input_shares, problem)));
+        check_prefill(problem, prefill_plan_with(kernel, cluster, shares, problem)));
   }
   EXPECT_FALSE(select_prefill({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
 }
