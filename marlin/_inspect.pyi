@@ -5,8 +5,9 @@ from typing import Any
 def plans() -> list[dict[str, Any]]:
     """Every compiled GEMM kernel: id, name, tile, threads, shared memory, and why it exists.
 
-    ``sparse``: for 2:4 sparse weights, or else for dense ones. ``rounds_weights``: multiplies by
-    what ``dequantize`` makes of them, or else by their exact values.
+    ``sparse``: for 2:4 sparse weights, or else for dense ones. ``any_m``: takes more
+    tokens than a tile holds. ``rounds_weights``: multiplies by what ``dequantize`` makes of them,
+    or else by their exact values.
     """
 
 def plan_for(
