@@ -48,7 +48,7 @@ py::dict describe(const plan::Kernel& kernel) {
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
-  const plan::DecodeTile& tile = kernel.tile;
+  const bool sparse = kernel.tile.sparse;
   const size_t between = plan::decode_kernels().size() + plan::prefill_kernels().size() +
                          plan::sparse_kernels().size();
   return describe(kernel, plan::kernels().size() + (sparse ? between : 0),

@@ -54,12 +54,12 @@ int early_stages(const DecodePlan& plan) {
 // Whether a problem with more tokens than a tile holds is worth two token tiles of the last kernel of the
 // table. us on an H200, M = 256, this and the prefill kernel: 17.9 and 22.3 at 4096 x 4096, 46.9 and 59 at
 // 4096 x 14336, 52.1 and 54.7 at 8192 x 8192; but 99 and 88 at 28672 x 4096, and in windows of 10 ms 190 and
-// 174 at 8192 x 28672. With fewer tokens the prefill kernel has smaller tiles. For 2:4 sparse weights, whose
-// other kernels are the sm80 ones, nothing was measured.
+// 174 at 8192 x 28672. With fewer tokens the prefill kernel has smaller tiles. 2:4 sparse weights: 15.3 and
+// 19.9 at 4096 x 4096, 38.3 and 46.4 at 4096 x 14336; but 47.1 and 44.1 at 8192 x 8192.
 bool two_token_tiles_pay(const DecodeKernel& kernel, const Problem& p) {
   constexpr int64_t kMostWeights = 70'000'000, kNarrow = 7680, kMany = 192;
-  return !p.sparse && p.m <= 2 * kernel.tile.tokens && p.n * p.k <= kMostWeights &&
-         p.n <= (p.m > kMany ? kernel.most_n : kNarrow);
+  const int64_t widest = p.sparse || p.m <= kMany ? kNarrow : kernel.most_n;
+  return p.m <= 2 * kernel.tile.tokens && p.n * p.k <= kMostWeights && p.n <= widest;
 }
 
 }  // namespace
