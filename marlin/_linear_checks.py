@@ -89,7 +89,8 @@ def _value_problem(name: str, tensor: Tensor | None) -> str:
             "before they are passed"
         )
     if name == "places":
-        return places_problem(tensor)
+        problem = places_problem(tensor)
+        return problem and f"{problem}; the file is damaged"
     if name == "perm":
         features = torch.arange(tensor.numel(), device=tensor.device)
         if not torch.equal(tensor.long().sort().values, features):

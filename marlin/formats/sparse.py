@@ -46,16 +46,21 @@ def sparsity_problem(used: Tensor) -> str:
     )
 
 
-def used_codes(q: Tensor, zeros: Tensor | None) -> Tensor:
-    """Which codes, uint8 ``[N, K]``, differ from their zero points: bool ``[N, K]``.
+def zero_codes(zeros: Tensor | None, k: int) -> Tensor:
+    """The zero point of each weight, to be broadcast to uint8 ``[N, K]``.
 
     ``zeros`` uint8 ``[G, N]``, None: 8 everywhere.
     """
     if zeros is None:
-        return q != SYMMETRIC_ZERO
-    k = q.size(1)
-    size = group_size_of(k, zeros.size(0))
-    return q != zeros.T.repeat_interleave(k if size == -1 else size, 1)[:, :k]
+        return torch.tensor(SYMMETRIC_ZERO, dtype=torch.uint8)
+    if zeros.size(0) == 1:
+        return zeros.T
+    return zeros.T.repeat_interleave(group_size_of(k, zeros.size(0)), 1)[:, :k]
+
+
+def used_codes(q: Tensor, zeros: Tensor | None) -> Tensor:
+    """Which codes, uint8 ``[N, K]``, differ from their zero points: bool ``[N, K]``."""
+    return q != zero_codes(zeros, q.size(1))
 
 
 def order_problem(perm: Tensor | None) -> str:
@@ -110,5 +115,5 @@ def places_problem(places: Tensor) -> str:
     return (
         f"places: got {int(places[row_block, column_block, word]) & 0xFFFFFFFF:#010x} at "
         f"[{row_block}, {column_block}, {word}]; the two places of every quad must rise, as "
-        "torch.ops.marlin.pack_24 writes them; the file is damaged"
+        "torch.ops.marlin.pack_24 writes them"
     )
