@@ -167,7 +167,8 @@ class PackedLinear(PackedModule):
             layer: name of the layer, for error messages.
 
         Raises:
-            CheckpointError: a tensor does not fit (a ``ValueError`` that lists every reason).
+            CheckpointError: a tensor does not fit (a ``ValueError`` that lists every reason); for a
+                sparse layer, the weight is not 2:4, or the layer has act-order.
             ValueError: ``checkpoint_format`` is another one.
         """
         packed = read_gptq(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from layers import assert_message
+from layers import assert_message, assert_same
 from test_replace import PROJECTIONS, Model, names, reasons
 from torch import nn
 
@@ -91,6 +91,19 @@ def test_meta_model_and_device() -> None:
     assert names(replace_linear(model, sparse=True)) == PROJECTIONS
     assert model.get_submodule(PROJECTIONS[0]).places.is_meta
     assert len(replace_linear(pruned_model(), sparse=True, device="cpu").replaced) == 4
+
+
+@pytest.mark.gpu
+def test_device_moves_layer_by_layer() -> None:
+    model, here = Model().half(), pruned_model()
+    replace_linear(model, device="cuda", sparse=True, prune="magnitude")
+    assert model.get_submodule(PROJECTIONS[0]).places.is_cuda
+    assert not model.embed.weight.is_cuda
+    moved = pruned_model()
+    replace_linear(moved, device="cuda", sparse=True)
+    replace_linear(here, sparse=True)
+    for name in PROJECTIONS:  # packed by both backends alike
+        assert_same(moved.get_submodule(name).cpu(), here.get_submodule(name))
 
 
 @pytest.mark.parametrize(

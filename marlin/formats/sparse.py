@@ -14,7 +14,7 @@ from marlin.formats.packed import SYMMETRIC_ZERO, PackedWeight, group_size_of, l
 
 QUAD = 4
 KEPT = 2
-FIRST_PLACES = 0x44444444  # the places 0 and 1 in each nibble of a word
+FIRST_PLACES = 0x44444444  # a word of places: 0 and 1 in each of its nibbles
 
 
 def quad_problem(in_features: int) -> str:
