@@ -8,6 +8,7 @@ from marlin import _library as _library  # loads torch.ops.marlin
 from marlin.convert import ConversionReport, convert
 from marlin.formats.checkpoint import CheckpointError
 from marlin.linear import MarlinLinear
+from marlin.linear24 import MarlinLinear24
 from marlin.load import load
 from marlin.replace import ReplaceReport, replace_linear
 from marlin.verify import VerifyReport, verify
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "ConversionReport",
     "MarlinLinear",
+    "MarlinLinear24",
     "ReplaceReport",
     "VerifyReport",
     "__version__",

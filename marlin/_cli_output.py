@@ -33,6 +33,7 @@ def _megabytes(size: int) -> str:
 
 
 def print_conversion(report: ConversionReport) -> None:
+    asked_for_sparse = any(layer.sparse or layer.dense_reason for layer in report.layers)
     if report.dry_run:
         head = ["layer", "K", "N", "group", "zeros", "order", "scales", "MB before", "after"]
         rows = [
@@ -49,6 +50,10 @@ def print_conversion(report: ConversionReport) -> None:
             ]
             for layer in report.layers
         ]
+        if asked_for_sparse:
+            head.append("weights")
+            for row, layer in zip(rows, report.layers, strict=True):
+                row.append("2:4" if layer.sparse else "dense")
         print(_table([head, *rows]))
     weights = sum(layer.in_features * layer.out_features for layer in report.layers)
     bits = 8 * sum(layer.bytes_after for layer in report.layers) / weights
@@ -61,6 +66,11 @@ def print_conversion(report: ConversionReport) -> None:
     else:
         print(f"converted {counts} and copied {others}: {sizes}, {files}, {report.seconds:.1f} s")
         print(f"written to {report.destination}")
+    if asked_for_sparse:
+        dense = [layer for layer in report.layers if not layer.sparse]
+        print(f"2:4 sparse: {len(report.layers) - len(dense)} of {len(report.layers)} layers")
+        for layer in dense:
+            print(f"dense: {layer.name}: {layer.dense_reason}")
     for name in report.skipped_files:
         print(f"not copied: {name}")
     for warning in report.warnings:

@@ -1,4 +1,4 @@
-"""The checks of :class:`marlin.linear.MarlinLinear`: operands, casts, and state dicts."""
+"""The checks of the packed layers: operands, casts, and state dicts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from marlin.formats.packed import COMPUTE_DTYPES, describe, group_size_of, operands
+from marlin.formats.sparse import places_problem, quad_problem
 
 if TYPE_CHECKING:
     from marlin._packed_module import PackedModule
@@ -19,17 +20,29 @@ FOREIGN = {
     "qzeros": "a GPTQ or AWQ layer: convert it with `marlin convert`, from_gptq or from_awq",
     "weight_packed": "a compressed-tensors layer: convert it with from_compressed_tensors",
 }
+OF_THE_OTHER_KIND = {
+    False: {"places": "a 2:4 sparse layer: load it into MarlinLinear24"},
+    True: {"perm": "a layer with act-order, which cannot be sparse: load it into MarlinLinear"},
+}
+
+
+def needed(sparse: bool) -> tuple[str, ...]:
+    """The tensors that a layer cannot be without."""
+    return ("qweight", "places", "scales") if sparse else ("qweight", "scales")
 
 
 def check_operands(
-    tensors: Mapping[str, Tensor | None], in_features: int, out_features: int
+    tensors: Mapping[str, Tensor | None], in_features: int, out_features: int, *, sparse: bool
 ) -> None:
-    """Check packed tensors against each other; see ``MarlinLinear.from_packed``."""
+    """Check packed tensors against each other; see ``from_packed`` of the layers."""
     n, k = out_features, in_features
     qweight, scales = tensors["qweight"], tensors["scales"]
-    for name, tensor in (("qweight", qweight), ("scales", scales)):
-        if tensor is None:
-            raise TypeError(f"{name}: got None; it must be a tensor; see MarlinLinear.from_packed")
+    for name in needed(sparse):
+        if tensors[name] is None:
+            raise TypeError(f"{name}: got None; it must be a tensor; see help(from_packed)")
+    problem = quad_problem(k) if sparse else ""
+    if problem:
+        raise ValueError(problem)
     assert qweight is not None
     assert scales is not None
     if scales.dtype not in COMPUTE_DTYPES:
@@ -41,7 +54,7 @@ def check_operands(
         raise ValueError(f"scales: got {describe(scales)}; it must be [groups, {n}]; reshape it")
     groups = scales.size(0)
     group_size_of(k, groups)
-    for name, (dtype, shape) in operands(k, n, groups, scales.dtype).items():
+    for name, (dtype, shape) in operands(k, n, groups, scales.dtype, sparse=sparse).items():
         tensor = tensors[name]
         if tensor is None:
             continue
@@ -61,13 +74,13 @@ def check_operands(
                 f"{name}: got strides {tensor.stride()} for shape {list(shape)}; it must be "
                 f"contiguous; pass {name}.contiguous()"
             )
-    problem = _value_problem("zeros", tensors["zeros"]) or _value_problem("perm", tensors["perm"])
+    problem = next(filter(None, (_value_problem(*item) for item in tensors.items())), "")
     if problem:
         raise ValueError(problem)
 
 
 def _value_problem(name: str, tensor: Tensor | None) -> str:
-    """Why values of ``zeros`` or ``perm`` cannot be used: a wrong ``perm`` reads out of bounds."""
+    """Why values cannot be used: of ``zeros``, of ``places``, of ``perm`` (read out of bounds)."""
     if tensor is None or tensor.is_meta:
         return ""
     if name == "zeros" and int(tensor.max()) > 15:
@@ -75,6 +88,9 @@ def _value_problem(name: str, tensor: Tensor | None) -> str:
             f"zeros: got {int(tensor.max())}; zero points are 0..15, one per byte; unpack them "
             "before they are passed"
         )
+    if name == "places":
+        problem = places_problem(tensor)
+        return problem and f"{problem}; the file is damaged"
     if name == "perm":
         features = torch.arange(tensor.numel(), device=tensor.device)
         if not torch.equal(tensor.long().sort().values, features):
@@ -86,7 +102,9 @@ def _value_problem(name: str, tensor: Tensor | None) -> str:
     return ""
 
 
-def check_dtypes_kept(fn: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor | None]) -> None:
+def check_dtypes_kept(
+    layer: str, fn: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor | None]
+) -> None:
     """Refuse a cast of a layer that its kernels cannot follow, before it is begun.
 
     ``fn`` is what ``nn.Module._apply`` would call on each buffer; it is tried on empty tensors.
@@ -96,15 +114,15 @@ def check_dtypes_kept(fn: Callable[[Tensor], Tensor], tensors: Mapping[str, Tens
     dtype = fn(scales.new_empty(0)).dtype
     if dtype not in COMPUTE_DTYPES:
         raise TypeError(
-            f"MarlinLinear: got a cast to {dtype}; scales and activations are torch.float16 or "
+            f"{layer}: got a cast to {dtype}; scales and activations are torch.float16 or "
             "torch.bfloat16; cast the model with .half() or .bfloat16(), or cast its other "
             "modules one by one"
         )
     integer = fn(scales.new_empty(0, dtype=torch.int32)).dtype
     if integer != torch.int32:
         raise TypeError(
-            f"MarlinLinear: got a cast of every buffer to {integer}; qweight holds packed codes "
-            "in torch.int32; cast with .to(dtype), which leaves integers as they are"
+            f"{layer}: got a cast of every buffer to {integer}; qweight holds packed codes in "
+            "torch.int32; cast with .to(dtype), which leaves integers as they are"
         )
     for name in ("scales", "bias"):
         tensor = tensors[name]
@@ -113,13 +131,13 @@ def check_dtypes_kept(fn: Callable[[Tensor], Tensor], tensors: Mapping[str, Tens
         if name == "scales" and bool(((tensor != 0) & (tensor.to(dtype) == 0)).any()):
             smallest = float(tensor.abs()[tensor != 0].min())
             raise ValueError(
-                f"MarlinLinear: got a cast to {dtype} with scales down to {smallest:g}, which "
+                f"{layer}: got a cast to {dtype} with scales down to {smallest:g}, which "
                 f"become 0 in it; keep the layer in {tensor.dtype}"
             )
         largest = float(tensor.abs().max())
         if largest > torch.finfo(dtype).max:
             raise ValueError(
-                f"MarlinLinear: got a cast to {dtype} with {name} up to {largest:g}; its largest "
+                f"{layer}: got a cast to {dtype} with {name} up to {largest:g}; its largest "
                 f"number is {torch.finfo(dtype).max:g}; keep the layer in {tensor.dtype}"
             )
 
@@ -128,10 +146,11 @@ def state_dict_problems(
     layer: PackedModule, state_dict: Mapping[str, Any], prefix: str, assign: bool
 ) -> list[str]:
     """Why the entries of ``state_dict`` under ``prefix`` do not fit ``layer``."""
-    name = prefix.removesuffix(".") or "MarlinLinear"
+    kind = type(layer).__name__
+    name = prefix.removesuffix(".") or kind
     foreign = [
         f"{name}: got '{prefix}{key}'; that is {meaning}"
-        for key, meaning in FOREIGN.items()
+        for key, meaning in (FOREIGN | OF_THE_OTHER_KIND[layer.sparse]).items()
         if prefix + key in state_dict
     ]
     if foreign:
@@ -139,21 +158,24 @@ def state_dict_problems(
     problems = []
     buffers: Mapping[str, Tensor | None] = layer._buffers
     found = {key: state_dict[prefix + key] for key in buffers if prefix + key in state_dict}
-    missing = {"qweight", "scales"} - found.keys()
-    if len(missing) == 1:
-        here, absent = ("scales" if "qweight" in missing else "qweight"), missing.pop()
+    here, absent = (
+        " and ".join(f"'{prefix}{key}'" for key in needed(layer.sparse) if (key in found) is there)
+        for there in (True, False)
+    )
+    if here and absent:
+        others = "their scales and places" if layer.sparse else "their scales"
         problems.append(
-            f"{name}: got '{prefix}{here}' without '{prefix}{absent}'; codes mean nothing without "
-            "their scales; pass the tensors of a whole layer, or none"
+            f"{name}: got {here} without {absent}; codes mean nothing without {others}; pass the "
+            "tensors of a whole layer, or none"
         )
     if "qweight" in found:  # otherwise nothing of the layer, or its bias: torch lists the rest
-        for key in OPTIONAL:
+        for key in (key for key in OPTIONAL if key in buffers):
             stored, built = key in found, buffers[key] is not None
             if stored != built:
                 problems.append(
                     f"{name}: got {'a' if stored else 'no'} '{prefix}{key}' in the state dict; the "
                     f"layer was built with{'' if built else 'out'} {key}, and the two must agree; "
-                    f"build it with MarlinLinear(..., {key}={stored})"
+                    f"build it with {kind}(..., {key}={stored})"
                 )
     for key, value in found.items():
         own = buffers[key]

@@ -1,4 +1,4 @@
-"""Where the tensors of a ``MarlinLinear`` come from: a float layer, or a GPTQ layer."""
+"""Where the tensors of a packed layer come from: a float layer, or a GPTQ layer."""
 
 from __future__ import annotations
 
@@ -8,20 +8,34 @@ from torch import Tensor, nn
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.gptq import GptqSettings, pack_linear
 from marlin.formats.packed import PackedWeight, cast_bias, describe, group_size_of, label
+from marlin.formats.sparse import pack_used
 from marlin.quantize import quantize_rtn
 
 ZEROS_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
 def quantize_linear(
-    linear: nn.Linear, group_size: int, symmetric: bool, dtype: torch.dtype
+    linear: nn.Linear,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    kept: Tensor | None = None,
+    layer: str = "",
 ) -> PackedWeight:
-    """See ``MarlinLinear.from_linear``."""
-    found = quantize_rtn(linear.weight, group_size=group_size, symmetric=symmetric, dtype=dtype)
-    qweight: Tensor = torch.ops.marlin.pack(found.q)
+    """Round a float layer to nearest; of a 2:4 sparse one, only the weights that are ``kept``."""
+    weight = linear.weight.detach()
+    if kept is not None:
+        weight = weight.where(kept, 0)
+    found = quantize_rtn(
+        weight, group_size=group_size, symmetric=symmetric, dtype=dtype, layer=layer
+    )
     k, n = linear.in_features, linear.out_features
-    bias = None if linear.bias is None else cast_bias(linear.bias.detach(), dtype, dtype)
-    return PackedWeight(qweight, found.scales, found.zeros, None, k, n, bias)
+    bias = None if linear.bias is None else cast_bias(linear.bias.detach(), dtype, dtype, layer)
+    rest = (found.scales, found.zeros, None, k, n, bias)
+    if kept is None:
+        return PackedWeight(torch.ops.marlin.pack(found.q), *rest)
+    qweight, places = pack_used(found.q, kept)
+    return PackedWeight(qweight, *rest, places)
 
 
 def read_gptq(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,17 @@ class PackedModule(nn.Module):
     """A layer whose weight is a set of buffers, some of which may be None.
 
     Attributes:
+        sparse: whether of every four neighbouring input features two are stored, in ``places``.
         static_weights: described in :class:`marlin.MarlinLinear`.
     """
 
+    sparse: ClassVar[bool]
     in_features: int
     out_features: int
     group_size: int
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
-    perm: Tensor | None
     bias: Tensor | None
     static_weights: bool | None = None
 
@@ -50,27 +51,21 @@ class PackedModule(nn.Module):
             return False
         return self._watch.unchanged(self._buffers.values())
 
-    def dequantize(self) -> Tensor:
-        """The weight as the layer computes with it: ``[out_features, in_features]``."""
-        return cast(
-            Tensor,
-            torch.ops.marlin.dequantize(
-                self.qweight, self.scales, self.zeros, self.perm, k=self.in_features
-            ),
-        )
-
     @property
     def bits_per_weight(self) -> float:
-        """Bits stored per weight, with scales, zeros, order and padding, without the bias."""
-        parts = (self.qweight, self.scales, self.zeros, self.perm)
-        stored = sum(8 * t.numel() * t.element_size() for t in parts if t is not None)
+        """Bits stored per weight of the dense matrix, with all but the bias, and with padding."""
+        parts = (t for name, t in self._buffers.items() if name != "bias" and t is not None)
+        stored = sum(8 * t.numel() * t.element_size() for t in parts)
         return stored / (self.in_features * self.out_features)
 
     def extra_repr(self) -> str:
         symmetry = "symmetric" if self.zeros is None else "asymmetric"
+        structure = "2:4 sparse"
+        if not self.sparse:
+            structure = f"act_order={self._buffers['perm'] is not None}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"group_size={self.group_size}, {symmetry}, act_order={self.perm is not None}, "
+            f"group_size={self.group_size}, {symmetry}, {structure}, "
             f"bias={self.bias is not None}, {self.bits_per_weight:.4g} bits/weight"
         )
 
@@ -84,7 +79,7 @@ class PackedModule(nn.Module):
         return super().__getattr__(name)
 
     def _apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
-        check_dtypes_kept(fn, self._buffers)
+        check_dtypes_kept(type(self).__name__, fn, self._buffers)
         self._watch.forget()
         return cast(Module, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
@@ -105,7 +100,7 @@ class PackedModule(nn.Module):
         if prefix + "qweight" in state_dict and None not in saved and saved != own:
             problems.insert(
                 0,
-                f"{prefix.removesuffix('.') or 'MarlinLinear'}: got the state of a layer with "
+                f"{prefix.removesuffix('.') or type(self).__name__}: got the state of a layer with "
                 f"in_features={saved[0]}, out_features={saved[1]}; this one has {own[0]} and "
                 f"{own[1]}, and the padded qweight does not tell; build it with the other's",
             )

@@ -73,6 +73,8 @@ def _run_convert(arguments: argparse.Namespace) -> int:
         progress=not arguments.json,
         dtype=DTYPES.get(arguments.dtype),
         shard_bytes=arguments.shard_size,
+        sparse=arguments.sparse,
+        require_sparse=arguments.require_sparse,
     )
     if arguments.json:
         print(json.dumps(report.to_dict(), indent=2))
@@ -198,6 +200,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--shard-size", type=_size, default=SHARD_BYTES, help="largest output file (default: 2GB)"
+    )
+    command.add_argument(
+        "--sparse", action="store_true", help="store layers whose weights are 2:4 as 2:4 sparse"
+    )
+    command.add_argument(
+        "--require-sparse", action="store_true", help="the same, and refuse layers that are not"
     )
     command.set_defaults(run=_run_convert)
 

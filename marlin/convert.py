@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from marlin.examine import Layer, Survey, layer_parameters, survey
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.native import PackedShape, config_for
+from marlin.formats.packed import PackedWeight
 from marlin.formats.shards import (
     Entry,
     ShardWriter,
@@ -30,6 +32,7 @@ from marlin.formats.shards import (
     write_file,
     write_index,
 )
+from marlin.formats.sparse import sparsify
 from marlin.formats.staging import (
     check_space,
     destination_problem,
@@ -58,7 +61,8 @@ class LayerReport:
     """One converted layer.
 
     ``group_size`` -1 is one group; ``zeros`` and ``act_order`` say whether it keeps zero points and
-    an order of its features; ``dtype`` is that of its scales; sizes are bytes.
+    an order of its features; ``dtype`` is that of its scales; sizes are bytes. ``sparse``: it is
+    stored 2:4 sparse; ``dense_reason``: why it is not though it was asked for, else empty.
     """
 
     name: str
@@ -71,6 +75,8 @@ class LayerReport:
     dtype: str
     bytes_before: int
     bytes_after: int
+    sparse: bool = False
+    dense_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,8 @@ def _layer_report(layer: Layer) -> LayerReport:
         dtype=str(layer.dtype).removeprefix("torch."),
         bytes_before=layer.bytes_before,
         bytes_after=layer.bytes_after,
+        sparse=layer.sparse,
+        dense_reason=layer.dense_reason,
     )
 
 
@@ -145,7 +153,9 @@ def _new_config(checkpoint: Checkpoint, found: Survey) -> bytes:
     config = dict(checkpoint.config)
     config["quantization_config"] = config_for(
         {
-            name: PackedShape(layer.in_features, layer.out_features, layer.settings.group_size)
+            name: PackedShape(
+                layer.in_features, layer.out_features, layer.settings.group_size, layer.sparse
+            )
             for name, layer in found.layers.items()
         }
     )
@@ -164,6 +174,13 @@ def _dtype_warnings(checkpoint: Checkpoint, found: Survey) -> list[str]:
     return []
 
 
+def _dense_warnings(found: Survey) -> list[str]:
+    reasons = [layer.dense_reason for layer in found.layers.values()]
+    if not all(reasons):
+        return []
+    return ["no layer is 2:4 sparse: all stay dense; prune the model before it is quantized"]
+
+
 def _check_places(source: Path, destination: Path) -> None:
     inside = destination.resolve()
     if inside == source.resolve() or source.resolve() in inside.parents:
@@ -177,16 +194,19 @@ def _check_places(source: Path, destination: Path) -> None:
 
 def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, bar: tqdm[Any]) -> None:
     rest = layer_parameters(checkpoint, layer.name, layer.settings, layer.dtype)
-    qweight = checkpoint.read(f"{layer.name}.qweight")
-    packed = {
-        "qweight": torch.ops.marlin.repack_gptq(qweight, rest.perm),
-        "scales": rest.scales,
-        "zeros": rest.zeros,
-        "perm": rest.perm,
-        "bias": rest.bias,
-    }
-    for leaf, tensor in packed.items():
-        if tensor is not None:
+    packed = PackedWeight(
+        torch.ops.marlin.repack_gptq(checkpoint.read(f"{layer.name}.qweight"), rest.perm),
+        rest.scales,
+        rest.zeros,
+        rest.perm,
+        layer.in_features,
+        layer.out_features,
+        rest.bias,
+    )
+    if layer.sparse:
+        packed = sparsify(packed, layer.name)
+    for leaf, tensor in packed._asdict().items():
+        if isinstance(tensor, Tensor):
             tensor = tensor.contiguous()
             bar.update(writer.write(f"{layer.name}.{leaf}", [tensor_bytes(tensor)]))
 
@@ -227,6 +247,8 @@ def convert(
     progress: bool = True,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    sparse: bool = False,
+    require_sparse: bool = False,
 ) -> ConversionReport:
     """Convert the GPTQ checkpoint in ``src`` into a new folder ``dst``. ``src`` is never changed.
 
@@ -236,6 +258,10 @@ def convert(
     biases rounded to it; None keeps the scales', which must hold the biases exactly.
     ``shard_bytes`` bounds the output's files. ``progress`` shows a bar when standard error is a
     terminal.
+
+    ``sparse`` stores the layers 2:4 sparse whose weights are: of every four neighbouring input
+    features at most two have a code other than the zero point, and there is no act-order. The
+    others stay dense; the report says why. ``require_sparse`` refuses them, and implies ``sparse``.
 
     Raises :class:`~marlin.formats.checkpoint.CheckpointError` with every reason for which the
     checkpoint is refused, and :class:`OSError` when a file cannot be written.
@@ -252,7 +278,9 @@ def convert(
     _check_places(source, destination)
     silent = not (progress and sys.stderr.isatty())
     with tqdm(desc="examining", unit="layer", disable=silent, leave=False) as bar:
-        found = survey(checkpoint, dtype, lambda name: bar.update())
+        found = survey(
+            checkpoint, dtype, lambda name: bar.update(), sparse or require_sparse, require_sparse
+        )
     units = _units(checkpoint, found)
     split = assign_shards([entries for _, entries in units], shard_bytes)
     shards = {shard_name(i, len(split)): [units[u] for u in part] for i, part in enumerate(split)}
@@ -282,6 +310,6 @@ def convert(
         shards=list(shards),
         copied_files=copied,
         skipped_files=skipped,
-        warnings=found.warnings + _dtype_warnings(checkpoint, found),
+        warnings=found.warnings + _dtype_warnings(checkpoint, found) + _dense_warnings(found),
         seconds=time.monotonic() - started,
     )

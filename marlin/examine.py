@@ -1,7 +1,8 @@
 """Look at a GPTQ checkpoint before it is converted: what each layer becomes, and what is wrong.
 
 All but the packed weights is read (about 5% of the bytes). A packed weight cannot be wrong: each of
-its 2^32 words is valid. So what is refused at all is refused here, before anything is written.
+its 2^32 words is valid. So what is refused at all is refused here, before anything is written. Only
+where 2:4 sparse layers are asked for, weights are read, too, to find which can be.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.container import DTYPE_NAMES
+from marlin.formats.errors import Refusal
 from marlin.formats.gptq import (
     GptqSettings,
     Parameters,
@@ -21,20 +23,24 @@ from marlin.formats.gptq import (
     layout_problems,
     parse_gptq_config,
     read_parameters,
+    unpack_weight,
     zeros_are_ambiguous,
 )
 from marlin.formats.packed import SYMMETRIC_ZERO, group_count, operands
 from marlin.formats.shards import Entry
+from marlin.formats.sparse import order_problem, sparsity_problem, used_codes
 
 LEAVES = ("qweight", "qzeros", "scales", "g_idx", "bias")
 MARKERS = ("qweight", "qzeros", "g_idx")  # leaf names that only a quantized layer has
+REQUIRE_OPTION = "--sparse in place of --require-sparse leaves such layers dense"
 
 
 @dataclass(frozen=True)
 class Layer:
     """A quantized layer, and what it becomes; ``dtype`` is that of its scales then.
 
-    ``only_zero`` is the one value that all of its zero points have, or None.
+    ``only_zero`` is the one value that all of its zero points have, or None. ``sparse``: it becomes
+    2:4 sparse; ``dense_reason``: why it does not though it was asked for.
     """
 
     name: str
@@ -47,11 +53,15 @@ class Layer:
     bias: bool
     bytes_before: int
     only_zero: int | None
+    sparse: bool = False
+    dense_reason: str = ""
 
     def entries(self) -> list[Entry]:
         """The tensors to be written for this layer."""
         groups = group_count(self.in_features, self.settings.group_size)
-        rules = operands(self.in_features, self.out_features, groups, self.dtype)
+        rules = operands(
+            self.in_features, self.out_features, groups, self.dtype, sparse=self.sparse
+        )
         optional = {"zeros": self.zeros, "perm": self.act_order, "bias": self.bias}
         return [
             Entry(f"{self.name}.{leaf}", DTYPE_NAMES[dtype], shape)
@@ -108,6 +118,7 @@ def _examine_layer(
     leaves: dict[str, str],
     settings: GptqSettings | None,
     dtype: torch.dtype | None,
+    sparse: bool,
     warnings: list[str],
 ) -> Layer:
     if not name:
@@ -137,6 +148,7 @@ def _examine_layer(
             "config's meta.quantizer names it)"
         )
     words, n = specs["qweight"].shape
+    dense_reason = _dense_reason(checkpoint, name, rest) if sparse else ""
     return Layer(
         name=name,
         in_features=8 * words,
@@ -148,6 +160,18 @@ def _examine_layer(
         bias=rest.bias is not None,
         bytes_before=sum(info.nbytes for info in infos.values()),
         only_zero=_only_value(rest.zeros),
+        sparse=sparse and not dense_reason,
+        dense_reason=dense_reason,
+    )
+
+
+def _dense_reason(checkpoint: Checkpoint, name: str, rest: Parameters) -> str:
+    """Why a layer cannot be stored 2:4 sparse, or nothing."""
+    problem = order_problem(rest.perm)
+    if problem:
+        return problem
+    return sparsity_problem(
+        used_codes(unpack_weight(checkpoint.read(f"{name}.qweight")), rest.zeros)
     )
 
 
@@ -181,8 +205,12 @@ def survey(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = None,
     progress: Callable[[str], object] = lambda name: None,
+    sparse: bool = False,
+    require_sparse: bool = False,
 ) -> Survey:
     """Examine every layer of a GPTQ checkpoint.
+
+    ``sparse`` asks for 2:4 sparse layers where the weights allow it, ``require_sparse`` everywhere.
 
     ``dtype`` (float16 or bfloat16) is wanted for scales and biases; None keeps theirs. ``progress``
     is called with the name of each layer done. Raises :class:`CheckpointError` with everything that
@@ -196,11 +224,17 @@ def survey(
     for name, leaves in modules.items():
         try:
             layers[name] = _examine_layer(
-                checkpoint, name, leaves, config.settings(name), dtype, warnings
+                checkpoint, name, leaves, config.settings(name), dtype, sparse, warnings
             )
         except CheckpointError as error:
             problems += error.refusals
         progress(name)
+    if require_sparse:
+        problems += [
+            Refusal(f"{name}: {layer.dense_reason}", option=REQUIRE_OPTION)
+            for name, layer in layers.items()
+            if layer.dense_reason
+        ]
     wrong_format = _format_problem(layers.values())
     if wrong_format:
         problems.append(wrong_format)

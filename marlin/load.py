@@ -20,6 +20,7 @@ from marlin.formats.native import (
     packed_modules,
 )
 from marlin.linear import MarlinLinear
+from marlin.linear24 import MarlinLinear24
 from marlin.replace import reason_to_keep
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -70,9 +71,9 @@ def _packed_layer(
         if f"{name}.{leaf}" in checkpoint.tensors
     }
     check_values(name, tensors)
-    layer = MarlinLinear.from_packed(
-        **tensors, in_features=shape.in_features, out_features=shape.out_features
-    )
+    sizes = {"in_features": shape.in_features, "out_features": shape.out_features}
+    kind: Any = MarlinLinear24 if shape.sparse else MarlinLinear
+    layer: nn.Module = kind.from_packed(**tensors, **sizes)
     return layer.to(device)
 
 
@@ -186,7 +187,8 @@ def load(
 ) -> ModelT:
     """Load a converted checkpoint into ``model``, in place, and return it.
 
-    Every module that ``quantization_config["modules"]`` lists is replaced by a ``MarlinLinear``;
+    Every module that ``quantization_config["modules"]`` lists is replaced by a ``MarlinLinear``, or
+    by a ``MarlinLinear24`` where its weight is stored 2:4 sparse;
     every other parameter and persistent buffer takes the checkpoint's tensor and its dtype. The
     model may be on any device, meta included: ``device`` says where its tensors go, None keeps each
     where it is (the CPU for meta). Names that share one tensor stay tied. The match is strict.

@@ -13,7 +13,10 @@ from tqdm import tqdm
 
 from marlin._replace_report import ReplacedLayer, ReplaceReport, SkippedLayer
 from marlin.formats.packed import COMPUTE_DTYPES, group_count
+from marlin.formats.sparse import QUAD
 from marlin.linear import MarlinLinear
+from marlin.linear24 import MarlinLinear24
+from marlin.prune import check_method, weights_to_keep
 
 __all__ = ["ReplaceReport", "ReplacedLayer", "SkippedLayer", "replace_linear"]
 
@@ -27,6 +30,31 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What layers are to become: the arguments of :func:`replace_linear` that say so."""
+
+    group_size: int
+    symmetric: bool
+    dtype: torch.dtype | None
+    sparse: bool
+    prune: str | None
+
+    def layer_of(self, linear: nn.Linear) -> MarlinLinear | MarlinLinear24:
+        size, symmetric, dtype = self.group_size, self.symmetric, self.dtype
+        if not self.sparse:
+            return MarlinLinear.from_linear(
+                linear, group_size=size, symmetric=symmetric, dtype=dtype
+            )
+        if self.prune is None:
+            return MarlinLinear24.from_pruned(
+                linear, group_size=size, symmetric=symmetric, dtype=dtype
+            )
+        return MarlinLinear24.from_linear(
+            linear, prune=self.prune, group_size=size, symmetric=symmetric, dtype=dtype
+        )
 
 
 @dataclass
@@ -50,9 +78,13 @@ def replace_linear(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
+    sparse: bool = False,
+    prune: str | None = None,
     progress: bool = False,
 ) -> ReplaceReport:
     """Replace every ``nn.Linear`` inside ``model`` by a ``MarlinLinear``, rounded to nearest.
+
+    With ``sparse``, by a ``MarlinLinear24``: of every four neighbouring weights two are stored.
 
     One layer at a time: the original is dropped before the next is quantised, so the memory needed
     on top of the model is that of its largest layer. A layer found in several places is quantised
@@ -71,12 +103,16 @@ def replace_linear(
             The other modules keep their dtype: cast an fp32 model afterwards (or before) with
             ``model.half()`` or ``model.to(dtype)``, or its activations will not fit.
         device: where to quantise and leave the new layers; None: where the weights are.
+        sparse: make 2:4 sparse layers; those whose input features are not a multiple of 4 are left.
+        prune: with ``sparse``, which two of every four weights to keep: ``"magnitude"``, the
+            largest, which costs quality; None: the weights are 2:4 already, or are refused.
         progress: show a progress bar on stderr.
 
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or ``dtype`` is neither fp16 nor bf16.
-        ValueError: the group size is not supported, or a weight is not finite or exceeds ``dtype``:
-            the message names the layer. NaN and infinity are found before anything is replaced.
+        ValueError: the group size or ``prune`` is not supported, or a weight is not finite, exceeds
+            ``dtype`` or is not 2:4 though it should be: the message names the layer. All but
+            values beyond ``dtype`` is found before anything is replaced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
@@ -91,16 +127,25 @@ def replace_linear(
             "one of the two, or None to keep the dtype of the weights"
         )
     group_count(1, group_size)  # refuses an unsupported size before anything is replaced
+    check_method(prune)
+    if prune is not None and not sparse:
+        raise ValueError(
+            f"prune: got {prune!r} with sparse=False; pruned weights are for sparse layers; pass "
+            "sparse=True, too, or prune=None"
+        )
+    kind = _Kind(group_size, symmetric, dtype, sparse, prune)
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     report = ReplaceReport()
-    chosen = _choose(model, patterns, filter_fn, report)
+    chosen = _choose(model, patterns, filter_fn, sparse, report)
     for candidate in chosen:
         _check_finite(candidate)
+        if sparse and prune is None:
+            _check_pruned(candidate)
     with tqdm(total=len(chosen), unit="layer", disable=not progress) as bar:
         while chosen:  # the last reference to a layer goes with it
             candidate = chosen.pop(0)
             bar.set_description(candidate.name)
-            report.replaced.append(_replace(candidate, group_size, symmetric, dtype, device))
+            report.replaced.append(_replace(candidate, kind, device))
             bar.update()
     return report
 
@@ -109,6 +154,7 @@ def _choose(
     model: nn.Module,
     patterns: tuple[str, ...],
     filter_fn: Callable[[nn.Module, str], bool] | None,
+    sparse: bool,
     report: ReplaceReport,
 ) -> list[_Candidate]:
     """The layers to replace; the others are entered in ``report``."""
@@ -116,6 +162,8 @@ def _choose(
     owners = _weight_owners(model)
     for candidate in _linear_layers(model):
         reason = _reason_to_skip(candidate, patterns, owners)
+        if not reason and sparse:
+            reason = _reason_against_sparsity(candidate.linear)
         if not reason and filter_fn is not None and not filter_fn(candidate.linear, candidate.name):
             reason = "filter_fn"
         if reason:
@@ -126,21 +174,12 @@ def _choose(
 
 
 def _replace(
-    candidate: _Candidate,
-    group_size: int,
-    symmetric: bool,
-    dtype: torch.dtype | None,
-    device: torch.device | str | int | None,
+    candidate: _Candidate, kind: _Kind, device: torch.device | str | int | None
 ) -> ReplacedLayer:
     linear, name = candidate.linear, candidate.name
     before = sum(_bytes(parameter) for parameter in linear.parameters())
     try:
-        layer = MarlinLinear.from_linear(
-            linear if device is None else _copy_to(linear, device),
-            group_size=group_size,
-            symmetric=symmetric,
-            dtype=dtype,
-        )
+        layer = kind.layer_of(linear if device is None else _copy_to(linear, device))
     except ValueError as error:  # its message starts with the argument: "weight: got ..."
         raise ValueError(f"{name}.{error}") from error
     for parent, attribute, _ in candidate.places:
@@ -216,11 +255,17 @@ def _reason_to_skip(
     return ""
 
 
+def _reason_against_sparsity(linear: nn.Linear) -> str:
+    if linear.in_features % QUAD == 0:
+        return ""
+    return f"its {linear.in_features} input features are not a multiple of 4, as sparse=True needs"
+
+
 def reason_to_keep(layer: nn.Module, parents: Iterable[nn.Module]) -> str:
     """Why a layer does more than its weight says, so that another cannot stand in; or empty."""
     if "parametrizations" in layer._modules:
         return "its weight is parametrized; make it permanent with remove_parametrizations"
-    if type(layer) not in (nn.Linear, MarlinLinear):
+    if type(layer) not in (nn.Linear, MarlinLinear, MarlinLinear24):
         kind = "a subclass of nn.Linear" if isinstance(layer, nn.Linear) else "not an nn.Linear"
         return f"{type(layer).__name__} is {kind} and may do more than it"
     hooks = [hook for hook in HOOKS if getattr(layer, hook, None)]
@@ -245,6 +290,19 @@ def _check_finite(candidate: _Candidate) -> None:
                 "nothing has been replaced; repair the checkpoint, or leave this layer with "
                 f"skip=({candidate.name!r},)"
             )
+
+
+def _check_pruned(candidate: _Candidate) -> None:
+    weight = candidate.linear.weight
+    if weight.is_meta:
+        return
+    try:
+        weights_to_keep(weight, None)
+    except ValueError as error:
+        raise ValueError(
+            f"{candidate.name}.{error}, or leave this layer with skip=({candidate.name!r},); "
+            "nothing has been replaced"
+        ) from error
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marlin.examine import Survey, survey
+from marlin.examine import Layer, Survey, survey
 from marlin.formats.checkpoint import Checkpoint
 from marlin.formats.gptq import GptqSettings, unpack_weight, unpack_zeros
 from marlin.formats.native import PackedShape, check_packed_tensors, packed_modules
 from marlin.formats.packed import COMPUTE_DTYPES, group_count
+from marlin.formats.sparse import places_problem, zero_codes
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,17 @@ def _differences(
         got_group, want_group = int(g_idx[column]), int(sorted_groups[at])
         yield f"{name}: input feature {column} is in group {got_group}, packed into {want_group}"
     want = unpack_weight(src.read(f"{name}.qweight"))[:, perm]
-    got = torch.ops.marlin.unpack(dst.read(f"{name}.qweight"), n, k)
+    want_zeros = unpack_zeros(src.read(f"{name}.qzeros"), settings)
+    if shape.sparse:
+        places = dst.read(f"{name}.places")
+        problem = places_problem(places)
+        if problem:
+            yield f"{name}: {problem}"
+            return
+        got, stored = torch.ops.marlin.unpack_24(dst.read(f"{name}.qweight"), places, n, k)
+        got = torch.where(stored, got, zero_codes(want_zeros, k))
+    else:
+        got = torch.ops.marlin.unpack(dst.read(f"{name}.qweight"), n, k)
     at = _first_difference(got, want)
     if at is not None:
         column = int(perm[at[1]])
@@ -96,7 +107,7 @@ def _differences(
         "scales": (dst.read(f"{name}.scales"), src.read(f"{name}.scales")),
         "zeros": (
             dst.read(zeros_name) if zeros_name in dst.tensors else eight,
-            unpack_zeros(src.read(f"{name}.qzeros"), settings),
+            want_zeros,
         ),
     }
     bias = f"{name}.bias"
@@ -128,14 +139,18 @@ def _other_differences(name: str, src: Checkpoint, dst: Checkpoint) -> Iterator[
             position += len(ours)
 
 
+def _shape_of(layer: Layer) -> PackedShape:
+    size = layer.settings.group_size
+    return PackedShape(layer.in_features, layer.out_features, size, layer.sparse)
+
+
 def _structure(found: Survey, dst: Checkpoint, modules: dict[str, PackedShape]) -> Iterator[str]:
     """Layers and tensors that are in one of the two only, or of other sizes."""
     for name, layer in found.layers.items():
-        shape = PackedShape(layer.in_features, layer.out_features, layer.settings.group_size)
         if name not in modules:
             yield f"{name}: quantized in the source, not listed in the converted config"
-        elif modules[name] != shape:
-            yield f"{name}: config says {modules[name]}, want {shape}"
+        elif modules[name] != _shape_of(layer):
+            yield f"{name}: config says {modules[name]}, want {_shape_of(layer)}"
     yield from (
         f"{name}: not a quantized layer of the source"
         for name in modules
@@ -177,15 +192,16 @@ def verify(dst: str | Path, src: str | Path, *, progress: bool = True) -> Verify
     modules = packed_modules(converted.config)
     check_packed_tensors(converted, modules)
     found = survey(source, _chosen_dtype(source, converted))
+    for name, shape in modules.items():  # which are sparse, the source cannot say
+        if name in found.layers:
+            found.layers[name] = replace(found.layers[name], sparse=shape.sparse)
     mismatches = list(_structure(found, converted, modules))
     layers: list[LayerResult] = []
     silent = not (progress and sys.stderr.isatty())
     for name, layer in tqdm(
         found.layers.items(), desc="verifying", unit="layer", disable=silent, leave=False
     ):
-        if modules.get(name) != PackedShape(
-            layer.in_features, layer.out_features, layer.settings.group_size
-        ):
+        if modules.get(name) != _shape_of(layer):
             differences = ["its sizes differ"]
         else:
             differences = list(_differences(name, source, converted, layer.settings, modules[name]))

@@ -90,6 +90,23 @@ def pack_24(q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return pack(survivors), meta.view(nb, kb, 256)
 
 
+def places_of(meta: Tensor, n: int, k: int) -> Tensor:
+    """The places that :func:`pack_24` wrote: int64 [N, K/4, 2]."""
+    nb, kb, _ = meta.shape
+    words = meta.long().view(nb, kb, 128, 2) & 0xFFFFFFFF
+    places = torch.empty(nb, 64, kb, 32, 2, dtype=torch.int64)
+    for thread in range(128):
+        warp, g, t = thread // 32, thread % 32 // 4, thread % 4
+        for u in range(2):
+            first_quad = (32 * (2 * (t // 2) + u) + 16 * (t % 2)) // 4
+            for c in range(4):
+                for h in range(2):
+                    nibble = words[:, :, thread, u] >> (4 * c + 16 * h) & 15
+                    at = places[:, 16 * warp + g + 8 * h, :, first_quad + c]
+                    at[..., 0], at[..., 1] = nibble & 3, nibble >> 2
+    return places.view(nb * 64, kb * 32, 2)[:n, : k // 4]
+
+
 def group_of_column(k: int, groups: int) -> Tensor:
     """The group of each packed column: int64 [k]."""
     if groups == 1:

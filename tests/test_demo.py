@@ -37,3 +37,14 @@ def test_demo(device: str) -> None:
         assert size < 0.3 * float(fp16[1].replace(",", ""))
         assert error < 2e-3 * scale  # fp16 roundings along three layers
         assert perplexity < 1.02 * float(fp16[2])
+    sparse = re.search(
+        rf"^ *2:4-magnitude +21 +{number} +{number} of {number} +{number} +{number}$",
+        run.stdout,
+        re.MULTILINE,
+    )
+    assert sparse, run.stdout
+    less, error, scale, perplexity = (float(v.replace(",", "")) for v in sparse.groups()[:4])
+    assert less < 0.8 * size  # 3.13 bits for 4.13
+    assert error < 2e-3 * scale
+    assert perplexity > float(fp16[2])  # honest: dropping half of the weights by size hurts
+    assert "calibration data comes next" in run.stdout

@@ -119,7 +119,8 @@ def _check_layout(packed: Tensor, scale: Tensor, n: int, k: int, layer: str) -> 
         problems.append(
             f"{label(layer)}weight_packed: got {describe(packed)}; weight_shape ({n}, {k}) in 4 "
             f"bits must be int32 [{n}, {words}]; 8-bit files have twice the words, and 2:4 sparse "
-            "ones (marlin-24) are another format: see num_bits and format in config.json"
+            "ones (marlin-24) are for MarlinLinear24.from_marlin_24: see num_bits and format in "
+            "config.json"
         )
     if scale.dim() != 2 or scale.size(0) != n or scale.size(1) == 0:
         problems.append(

@@ -18,7 +18,7 @@ OTHER_FORMATS = {
     "int-quantized": "8-bit integers, unpacked",
     "float-quantized": "8-bit floats",
     "naive-quantized": "one byte per weight",
-    "marlin-24": "2:4 sparse, in the packing of another kernel",
+    "marlin-24": "2:4 sparse; MarlinLinear24.from_marlin_24 reads its tensors",
     "mixed-precision": "its groups differ in format",
     "nvfp4-pack-quantized": "4-bit floats, not integers",
     "mxfp4-pack-quantized": "4-bit floats, not integers",

@@ -13,9 +13,13 @@ from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.container import DTYPE_NAMES
 from marlin.formats.gptq_config import GROUP_SIZES
 from marlin.formats.packed import COMPUTE_DTYPES, group_count, operands
+from marlin.formats.sparse import QUAD, places_problem
 
-FORMAT_VERSION = 1
-LEAVES = ("qweight", "scales", "zeros", "perm", "bias")
+DENSE_VERSION = 1
+SPARSE_VERSION = 2  # has 2:4 sparse layers: readers of version 1 must not take them for dense ones
+LEAVES = ("qweight", "places", "scales", "zeros", "perm", "bias")
+REQUIRED = ("qweight", "places", "scales")
+SPARSITY = "2:4"
 
 
 @dataclass(frozen=True)
@@ -25,19 +29,22 @@ class PackedShape:
     in_features: int
     out_features: int
     group_size: int
+    sparse: bool = False
 
 
 def config_for(modules: Mapping[str, PackedShape]) -> dict[str, Any]:
     """The ``quantization_config`` of a converted checkpoint."""
+    sparse = any(shape.sparse for shape in modules.values())
     return {
         "quant_method": "marlin",
-        "format_version": FORMAT_VERSION,
+        "format_version": SPARSE_VERSION if sparse else DENSE_VERSION,
         "bits": 4,
         "modules": {
             name: {
                 "in_features": shape.in_features,
                 "out_features": shape.out_features,
                 "group_size": shape.group_size,
+                **({"sparsity": SPARSITY} if shape.sparse else {}),
             }
             for name, shape in modules.items()
         },
@@ -64,11 +71,12 @@ def packed_modules(config: Mapping[str, Any]) -> dict[str, PackedShape]:
             "GPTQ checkpoint that it was made from with `marlin convert`"
         )
     problems: list[str] = []
-    if inner.get("format_version") != FORMAT_VERSION:
+    version = inner.get("format_version")
+    if type(version) is not int or version not in (DENSE_VERSION, SPARSE_VERSION):
         problems.append(
-            f"config.json: format_version is {inner.get('format_version')!r}; this version of "
-            f"marlin reads {FORMAT_VERSION}: convert the original again, or install the version "
-            "that wrote it"
+            f"config.json: format_version is {version!r}; this version of marlin reads "
+            f"{DENSE_VERSION} and {SPARSE_VERSION}: convert the original again, or install the "
+            "version that wrote it"
         )
     if inner.get("bits") != 4:
         problems.append(f"config.json: bits is {inner.get('bits')!r}, want 4")
@@ -86,7 +94,20 @@ def packed_modules(config: Mapping[str, Any]) -> dict[str, PackedShape]:
                 f"config.json: modules[{name!r}] is {entry!r}; want {', '.join(keys)} of a layer"
             )
             continue
-        found[name] = PackedShape(*sizes)
+        sparsity = entry.get("sparsity")
+        if sparsity not in (None, SPARSITY) or (sparsity and version == DENSE_VERSION):
+            problems.append(
+                f"config.json: modules[{name!r}] has sparsity {sparsity!r}; this version of marlin "
+                f"reads {SPARSITY!r}, and that from format_version {SPARSE_VERSION} on; convert "
+                "the original again"
+            )
+        elif sparsity and sizes[0] % QUAD:
+            problems.append(
+                f"config.json: modules[{name!r}] has sparsity {sparsity!r} and in_features "
+                f"{sizes[0]}, which is not a multiple of 4; the file is damaged"
+            )
+        k, n, group_size = sizes
+        found[name] = PackedShape(k, n, group_size, sparsity == SPARSITY)
     if problems:
         raise CheckpointError(problems)
     return found
@@ -103,11 +124,17 @@ def check_packed_tensors(checkpoint: Checkpoint, modules: Mapping[str, PackedSha
         scales = checkpoint.tensors.get(f"{name}.scales")
         stored = None if scales is None else scales.torch_dtype
         dtype = stored if stored in COMPUTE_DTYPES else torch.float16
-        wanted = operands(shape.in_features, shape.out_features, groups, dtype)
+        wanted = operands(shape.in_features, shape.out_features, groups, dtype, sparse=shape.sparse)
+        problems += [
+            f"{name}: has {leaf}, which a {'2:4 sparse' if shape.sparse else 'dense'} layer, as "
+            "config.json says that it is, has not; the file is damaged"
+            for leaf in LEAVES
+            if leaf not in wanted and f"{name}.{leaf}" in checkpoint.tensors
+        ]
         for leaf, (kind, want) in wanted.items():
             info = checkpoint.tensors.get(f"{name}.{leaf}")
             if info is None:
-                if leaf in ("qweight", "scales"):
+                if leaf in REQUIRED:
                     problems.append(f"{name}: {leaf} is missing")
             elif (info.torch_dtype, info.shape) != (kind, want):
                 problems.append(
@@ -126,16 +153,19 @@ def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
     """Check what a kernel could not survive or would get wrong, in a layer's tensors by leaf name.
 
     Raises :class:`CheckpointError` when ``perm`` does not hold every number 0..K-1 once, a zero
-    point is above 15, or a scale is not finite.
+    point is above 15, the places of a sparse layer do not rise, or a scale is not finite.
     """
     problems: list[str] = []
-    perm, zeros = tensors.get("perm"), tensors.get("zeros")
+    perm, zeros, places = (tensors.get(leaf) for leaf in ("perm", "zeros", "places"))
     if perm is not None:
         features = torch.arange(perm.numel(), dtype=perm.dtype)
         if not torch.equal(torch.sort(perm).values, features):
             problems.append(f"{name}: perm is not a permutation of 0..{perm.numel() - 1}")
     if zeros is not None and bool((zeros > 15).any()):
         problems.append(f"{name}: zeros holds {int(zeros.max())}, want 0..15")
+    falling = "" if places is None else places_problem(places)
+    if falling:
+        problems.append(f"{name}: {falling}")
     if not torch.isfinite(tensors["scales"]).all():
         problems.append(f"{name}: scales holds a number that is not finite")
     if problems:

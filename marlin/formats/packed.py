@@ -22,7 +22,8 @@ class PackedWeight(NamedTuple):
     ``qweight`` int32 ``[ceil(N/64), ceil(K/64), 512]``; ``scales`` fp16 or bf16 ``[G, N]``;
     ``zeros`` uint8 ``[G, N]``, true zero points 0..15, or None (symmetric: 8 everywhere);
     ``perm`` int32 ``[K]``, packed column j multiplies input feature ``perm[j]``, or None;
-    ``bias`` ``[N]`` in the dtype of the scales, or None.
+    ``bias`` ``[N]`` in the dtype of the scales, or None. A 2:4 sparse layer, for ``gemm_24``, has
+    ``places`` int32 ``[ceil(N/64), ceil(K/128), 256]``, half the blocks, and no ``perm``.
     K is ``in_features``, N is ``out_features``, G the number of groups.
     """
 
@@ -33,18 +34,21 @@ class PackedWeight(NamedTuple):
     in_features: int
     out_features: int
     bias: Tensor | None = None
+    places: Tensor | None = None
 
 
 def operands(
-    in_features: int, out_features: int, groups: int, dtype: torch.dtype
+    in_features: int, out_features: int, groups: int, dtype: torch.dtype, *, sparse: bool = False
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every tensor that a packed layer may have; ``dtype`` is of its scales."""
     k, n = in_features, out_features
+    blocks = -(-n // 64), -(-k // (128 if sparse else 64))
+    parameters = {"scales": (dtype, (groups, n)), "zeros": (torch.uint8, (groups, n))}
+    order = {"places": (torch.int32, (*blocks, 256))} if sparse else {"perm": (torch.int32, (k,))}
     return {
-        "qweight": (torch.int32, (-(-n // 64), -(-k // 64), 512)),
-        "scales": (dtype, (groups, n)),
-        "zeros": (torch.uint8, (groups, n)),
-        "perm": (torch.int32, (k,)),
+        "qweight": (torch.int32, (*blocks, 512)),
+        **parameters,
+        **order,
         "bias": (dtype, (n,)),
     }
 

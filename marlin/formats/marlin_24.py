@@ -1,0 +1,139 @@
+"""``marlin-24`` layers of compressed-tensors: 2:4 sparse 4-bit weights in another kernel's packing.
+
+Shapes: K input features, N output features, G groups. Of the stored weights, K/2 a row,
+``weight_packed`` int32 ``[K/32, 2N]`` has in row k' // 16 those of 16 neighbouring stored columns
+k', and in word (c, col, t, j) of it, c = n // 64, the nibble f = 4h + 2b + r:
+
+    n = 64 c + 8 col + 4 b + j        k' = 16 row + 8 r + 2 t + h       (t, j: 0..3, col: 0..7)
+
+``meta`` int16 ``[K/32, 2N]`` has the places of four quads in a word, a nibble each, as in our own
+``places``: word (c, b2, a, b1, s, b4) of row k // 32 is of
+
+    n = 64 c + 8 a + 4 b4 + 2 b2 + b1      columns 32 row + 16 s .. + 15
+
+``scale_packed`` fp16 ``[G, N]``; where G > 1, every 8 outputs in the order 0, 4, 1, 5, 2, 6, 3, 7.
+Symmetric; groups of 128 or one. Source: compressed_tensors, marlin_24.py and what it calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from marlin.formats.checkpoint import CheckpointError
+from marlin.formats.packed import (
+    SYMMETRIC_ZERO,
+    PackedWeight,
+    cast_exactly,
+    describe,
+    label,
+)
+from marlin.formats.sparse import QUAD, pack_used
+
+ROWS = 64  # output features and
+COLUMNS = 32  # input features that the packing is in multiples of
+GROUP = 128
+
+
+def read_marlin_24(
+    weight_packed: Tensor,
+    scale_packed: Tensor,
+    meta: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layer: str = "",
+) -> PackedWeight:
+    """Convert one ``marlin-24`` layer exactly: no weight or scale changes its value.
+
+    Args:
+        weight_packed: int32 ``[K/32, 2N]``, on any device.
+        scale_packed: fp16 or bf16 (or fp32, with ``dtype``) ``[G, N]``, G = 1 or K / 128.
+        meta: int16 ``[K/32, 2N]``.
+        dtype: of the packed scales; None keeps that of ``scale_packed``.
+        layer: name of the layer, for error messages.
+
+    Raises:
+        CheckpointError: a shape, dtype or value does not fit; the message names the tensor, what
+            was got, the rule and the fix.
+    """
+    n, k = _check_layout(weight_packed, scale_packed, meta, layer)
+    quads = _nibbles(meta, 4).view(k // 32, n // ROWS, 2, 8, 2, 2, 2, 4)
+    quads = quads.permute(1, 3, 6, 2, 4, 0, 5, 7).reshape(n, k // QUAD)
+    places = torch.stack([quads & 3, quads >> 2], -1)
+    _check_places(places, layer)
+    stored = _nibbles(weight_packed, 8).view(k // 32, n // ROWS, 8, 4, 4, 2, 2, 2)
+    stored = stored.permute(1, 2, 6, 4, 0, 7, 3, 5).reshape(n, k // QUAD, 2)
+    q = torch.full((n, k // QUAD, QUAD), SYMMETRIC_ZERO, dtype=torch.uint8, device=stored.device)
+    used = torch.zeros_like(q, dtype=torch.bool)
+    for survivor in range(2):
+        where = places[..., survivor, None].long()
+        q.scatter_(2, where, stored[..., survivor, None])
+        used.scatter_(2, where, True)
+    qweight, ours = pack_used(q.view(n, k), used.view(n, k))
+    scales = scale_packed
+    if scales.size(0) > 1:
+        scales = scales.view(-1, n // 8, 4, 2).transpose(2, 3).reshape(-1, n)
+    scales = cast_exactly(scales, dtype, layer, "scale_packed")
+    return PackedWeight(qweight, scales, None, None, k, n, None, ours)
+
+
+def _nibbles(words: Tensor, count: int) -> Tensor:
+    """Integers of ``count`` nibbles, the lowest first: uint8 ``[*shape, count]``."""
+    return torch.stack([(words >> 4 * i & 15).to(torch.uint8) for i in range(count)], -1)
+
+
+def _check_layout(packed: Tensor, scale: Tensor, meta: Tensor, layer: str) -> tuple[int, int]:
+    """N and K, once every shape, dtype and device fits the others."""
+    prefix = label(layer)
+    if packed.dtype != torch.int32 or packed.dim() != 2 or packed.numel() == 0:
+        raise CheckpointError(
+            f"{prefix}weight_packed: got {describe(packed)}; it must be int32 [in_features / 32, 2 "
+            "out_features]; is this a 'marlin-24' layer?"
+        )
+    k, n = COLUMNS * packed.size(0), packed.size(1) // 2
+    problems = []
+    if packed.size(1) % (2 * ROWS):
+        problems.append(
+            f"{prefix}weight_packed: got {describe(packed)}; out_features is a multiple of 64 in "
+            "this packing, so the second size must be one of 128; 8-bit files have twice the words "
+            "and are not read"
+        )
+    if meta.dtype != torch.int16 or meta.shape != packed.shape:
+        problems.append(
+            f"{prefix}meta: got {describe(meta)}; it must be int16 {list(packed.shape)}, as "
+            "weight_packed; the tensors are not of one 4-bit 'marlin-24' layer"
+        )
+    groups = sorted({1, -(-k // GROUP)})
+    allowed = " or ".join(str([count, n]) for count in groups)
+    if scale.dim() != 2 or scale.size(1) != n or scale.size(0) not in groups:
+        problems.append(
+            f"{prefix}scale_packed: got {describe(scale)}; weight_packed {describe(packed)} has "
+            f"in_features={k}, out_features={n}, so it must be {allowed}: one group, or groups of "
+            "128; the tensors are not of one layer"
+        )
+    elif scale.size(0) > 1 and k <= 2 * GROUP:
+        problems.append(
+            f"{prefix}scale_packed: got {scale.size(0)} groups for in_features={k}; writers of "
+            "this format differ in the order of the scales of such small layers; quantise this "
+            "layer again in another format"
+        )
+    problems += [
+        f"{prefix}{name}: got a tensor on {tensor.device}; weight_packed is on {packed.device} and "
+        f"all must be on one device; move it with {name}.to({str(packed.device)!r})"
+        for name, tensor in (("scale_packed", scale), ("meta", meta))
+        if tensor.device != packed.device
+    ]
+    if problems:
+        raise CheckpointError(problems)
+    return n, k
+
+
+def _check_places(places: Tensor, layer: str) -> None:
+    falling = (places[..., 0] >= places[..., 1]).view(-1)
+    if bool(falling.any()):
+        row, quad = divmod(int(falling.to(torch.uint8).argmax()), places.size(1))
+        first, second = places[row, quad].tolist()
+        raise CheckpointError(
+            f"{label(layer)}meta: got the places {first}, {second} for row {row}, columns "
+            f"{QUAD * quad}..{QUAD * quad + 3}; the first must be the smaller; the file is damaged"
+        )
