@@ -48,8 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes share.svg and speedup.svg beside gemm.json."""
-    rows = [row for row in load(args.results / "gemm.json")["rows"] if row["variant"] == "dense"]
-    draw(rows, "share", "share of the floor", args.results / "share.svg")
-    draw(rows, "speedup", "speedup over cuBLAS fp16", args.results / "speedup.svg")
+    """Writes share.svg and speedup.svg beside gemm.json, and likewise of 2:4 sparse weights."""
+    rows = load(args.results / "gemm.json")["rows"]
+    for variant, suffix in (("dense", ""), ("24", "_24")):
+        some = [row for row in rows if row["variant"] == variant]
+        if some:
+            draw(some, "share", "share of the floor", args.results / f"share{suffix}.svg")
+            draw(some, "speedup", "speedup over fp16", args.results / f"speedup{suffix}.svg")
     return 0

@@ -134,6 +134,7 @@ def peers_us(names: list[str], n: int, k: int, m: int, group_size: int) -> dict[
         except ValueError:
             continue
         out[name.partition(":")[0]] = round(timing.measure(calls, sustained=False).us, 2)
+        del calls
         torch.cuda.empty_cache()
     return out
 

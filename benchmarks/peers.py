@@ -20,8 +20,8 @@ Peer = Callable[[int, int, int, int], Sequence[Call]]
 
 def tinygemm(n: int, k: int, m: int, group_size: int) -> list[Call]:
     """torch's ``_weight_int4pack_mm`` (torchao's int4 weight-only linear), bfloat16."""
-    if m > 128:
-        raise ValueError("tinygemm is for few tokens: at 128 it takes longer than fp16")
+    if m > 32:
+        raise ValueError("tinygemm is for few tokens: with 32 it takes longer than fp16")
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     aten = torch.ops.aten
 
