@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.gptq import GptqSettings, pack_linear
 from marlin.formats.packed import PackedWeight, cast_bias, describe, group_size_of, label
 from marlin.formats.sparse import pack_used
-from marlin.quantize import quantize_rtn
+from marlin.quantize import check_weight, quantize_rtn
 
 ZEROS_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
@@ -19,11 +21,13 @@ def quantize_linear(
     group_size: int,
     symmetric: bool,
     dtype: torch.dtype,
-    kept: Tensor | None = None,
+    choose: Callable[[Tensor], Tensor] | None = None,
     layer: str = "",
 ) -> PackedWeight:
-    """Round a float layer to nearest; of a 2:4 sparse one, only the weights that are ``kept``."""
+    """Round a float layer to nearest; ``choose`` says which weights a 2:4 sparse one keeps."""
     weight = linear.weight.detach()
+    check_weight(weight, dtype, layer)
+    kept = None if choose is None else choose(weight)
     if kept is not None:
         weight = weight.where(kept, 0)
     found = quantize_rtn(

@@ -114,10 +114,10 @@ class PackedLinear(PackedModule):
         group_size: int,
         symmetric: bool,
         dtype: torch.dtype | None,
-        kept: Callable[[Tensor], Tensor] | None = None,
+        choose: Callable[[Tensor], Tensor] | None = None,
         layer: str = "",
     ) -> Layer:
-        """``linear`` rounded to nearest; ``kept`` says which weights a sparse layer keeps."""
+        """``linear`` rounded to nearest; ``choose`` says which weights a sparse layer keeps."""
         weight = linear.weight
         if dtype is None:
             dtype = weight.dtype if weight.dtype in COMPUTE_DTYPES else torch.float16
@@ -131,8 +131,7 @@ class PackedLinear(PackedModule):
                 bias=linear.bias is not None,
             )
         else:
-            mask = None if kept is None else kept(weight)
-            packed = quantize_linear(linear, group_size, symmetric, dtype, mask, layer)
+            packed = quantize_linear(linear, group_size, symmetric, dtype, choose, layer)
             made = cls._around(packed, layer)
         return made.train(linear.training)
 

@@ -14,6 +14,7 @@ from marlin.formats.marlin_24 import read_marlin_24
 from marlin.formats.packed import PackedWeight, cast_bias, describe, label
 from marlin.formats.sparse import FIRST_PLACES, quad_problem, sparsify
 from marlin.prune import check_method, weights_to_keep
+from marlin.quantize import check_weight
 
 
 class MarlinLinear24(PackedLinear):
@@ -132,8 +133,8 @@ class MarlinLinear24(PackedLinear):
         check_method(prune)
         if prune is None:
             raise ValueError("prune: got None; use from_pruned for a weight that is 2:4 already")
-        kept = partial(weights_to_keep, prune=prune)
-        return cls._rounded(linear, group_size, symmetric, dtype, kept)
+        choose = partial(weights_to_keep, prune=prune)
+        return cls._rounded(linear, group_size, symmetric, dtype, choose)
 
     @classmethod
     def from_pruned(
@@ -172,8 +173,8 @@ class MarlinLinear24(PackedLinear):
             linear = source
         else:
             linear = _linear_of(source, bias, layer)
-        kept = partial(weights_to_keep, prune=None, layer=layer)
-        return cls._rounded(linear, group_size, symmetric, dtype, kept, layer)
+        choose = partial(weights_to_keep, prune=None, layer=layer)
+        return cls._rounded(linear, group_size, symmetric, dtype, choose, layer)
 
     @classmethod
     def from_marlin_24(
@@ -237,16 +238,7 @@ def _linear_of(weight: Tensor, bias: Tensor | None, layer: str) -> nn.Linear:
             "torch.nn.Linear or its weight; use marlin.replace_linear(model, sparse=True) for a "
             "whole model"
         )
-    if not weight.is_floating_point():
-        raise TypeError(
-            f"{label(layer)}weight: got {describe(weight)}; it must be float16, bfloat16, float32 "
-            "or float64; quantised weights are for from_gptq, from_awq or from_compressed_tensors"
-        )
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(
-            f"{label(layer)}weight: got {describe(weight)}; it must be a matrix [out_features, "
-            "in_features] with at least one of each; pass the weight of one linear layer"
-        )
+    check_weight(weight, torch.float16, layer)
     n, k = weight.shape
     if bias is not None and (bias.shape != (n,) or not bias.is_floating_point()):
         raise ValueError(

@@ -188,10 +188,10 @@ def load(
     """Load a converted checkpoint into ``model``, in place, and return it.
 
     Every module that ``quantization_config["modules"]`` lists is replaced by a ``MarlinLinear``, or
-    by a ``MarlinLinear24`` where its weight is stored 2:4 sparse;
-    every other parameter and persistent buffer takes the checkpoint's tensor and its dtype. The
-    model may be on any device, meta included: ``device`` says where its tensors go, None keeps each
-    where it is (the CPU for meta). Names that share one tensor stay tied. The match is strict.
+    by a ``MarlinLinear24`` where its weight is stored 2:4 sparse; every other parameter and
+    persistent buffer takes the checkpoint's tensor and its dtype. The model may be on any device,
+    meta included: ``device`` says where its tensors go, None keeps each where it is (the CPU for
+    meta). Names that share one tensor stay tied. The match is strict.
 
     Only plain ``nn.Linear`` layers are replaced: not subclasses, nor layers with hooks,
     parametrizations or a forward of their own. Tensors of the checkpoint that are non-persistent

@@ -57,7 +57,7 @@ def quantize_rtn(
         ValueError: ``weight`` is not a non-empty matrix, holds NaN or infinity, or is too large
             for ``dtype``; or ``group_size`` is not supported.
     """
-    _check_weight(weight, dtype, layer)
+    check_weight(weight, dtype, layer)
     n, k = weight.shape
     groups = group_count(k, group_size)
     width = k if groups == 1 else group_size
@@ -96,7 +96,8 @@ def _round_up(step: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(rounded.to(step.dtype) < step, above, rounded)
 
 
-def _check_weight(weight: Tensor, dtype: torch.dtype, layer: str) -> None:
+def check_weight(weight: Tensor, dtype: torch.dtype, layer: str) -> None:
+    """Refuse what is not a matrix of floats, and a dtype that scales cannot have."""
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise TypeError(
             f"{label(layer)}weight: got {describe(weight)}; round-to-nearest reads float16, "
