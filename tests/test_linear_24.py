@@ -24,6 +24,7 @@ from test_formats_compressed_tensors import pack_rows, to
 from torch import Tensor, nn
 
 from marlin import MarlinLinear, MarlinLinear24
+from marlin.formats.sparse import places_problem
 from marlin.prune import largest_two
 
 ALL = {"zeros": True, "bias": True}
@@ -209,6 +210,20 @@ def test_from_packed_refuses_other_feature_counts() -> None:
     tensors = dict(make_layer_24().named_buffers())
     with pytest.raises(ValueError, match=r"in_features: got 198.*multiple of 4"):
         MarlinLinear24.from_packed(**tensors, in_features=198, out_features=72)
+
+
+def test_which_places_rise() -> None:
+    """Every nibble at every position of a word, among nibbles that are right."""
+    for nibble in range(16):
+        first, second = nibble & 3, nibble >> 2
+        for position in range(8):
+            word = 0x44444444 & ~(15 << 4 * position) | nibble << 4 * position
+            places = torch.full((1, 2, 256), 0x44444444, dtype=torch.int32)
+            places[0, 1, 200] = word - 2**32 if word >= 2**31 else word
+            found = places_problem(places)
+            assert bool(found) == (first >= second), (nibble, position)
+            if found:
+                assert_message(ValueError(found), f"got {word:#010x} at [0, 1, 200]")
 
 
 def by_hand(weight: Tensor) -> Tensor:
