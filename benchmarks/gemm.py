@@ -99,14 +99,8 @@ def marlin_calls(
     ]
 
 
-def marlin_us(n: int, k: int, m: int, group_size: int, dtype: torch.dtype, zeros: bool) -> float:
-    """Time of one gemm call with cold weights that nothing writes, in microseconds."""
-    calls = marlin_calls("dense", n, k, m, group_size, dtype, zeros)
-    return timing.measure(calls, sustained=False).us
-
-
 def marlin_us_of_each(n: int, k: int, ms: Iterable[int]) -> dict[int, float]:
-    """As :func:`marlin_us` in fp16 with groups of 128, for many M."""
+    """Microseconds of one gemm call in fp16 with groups of 128, for many M."""
     weights = random_weights(n, k, 128, torch.float16, zeros=False)
     gemm = torch.ops.marlin.gemm
     out = {}
