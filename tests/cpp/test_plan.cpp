@@ -303,6 +303,7 @@ TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {
 // tokens is some cluster's, once, and every stage of its k some block's.
 void check_prefill(const Problem& problem, const PrefillPlan& plan) {
   const PrefillTile& tile = plan.kernel.tile;
+  ASSERT_EQ(tile.sparse, problem.sparse);
   ASSERT_GE(plan.row_blocks * int64_t{64}, problem.n);
   ASSERT_GE(plan.token_tiles * int64_t{tile.tokens}, problem.m);
   ASSERT_LE(tile.shared_bytes(), problem.device.shared_bytes);
@@ -346,16 +347,32 @@ TEST(Plan, PrefillDoesEverythingOnce) {
     Problem problem{up_to(i % 2 ? 600 : 9000), up_to(9000), up_to(9000), 128, device_of(90, 132)};
     problem.device.wgmma = true;
     if (i % 3 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
+    problem.sparse = i % 4 == 0;
     const auto chosen = select_prefill(problem);
     ASSERT_TRUE(chosen.has_value());
     ASSERT_NO_FATAL_FAILURE(check_prefill(problem, *chosen));
-    const auto& kernel = prefill_kernels()[random() % prefill_kernels().size()];
+    const auto kernels = prefill_kernels(problem.sparse);
+    const auto& kernel = kernels[random() % kernels.size()];
     const auto cluster = static_cast<int>(up_to(Device::kLargestCluster));
     const auto input_shares = static_cast<int>(up_to(2));
     ASSERT_NO_FATAL_FAILURE(
         check_prefill(problem, prefill_plan_with(kernel, cluster, input_shares, problem)));
   }
   EXPECT_FALSE(select_prefill({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
+}
+
+// Copies for several blocks bring 64 columns of activations; a stage of sparse weights has 128.
+TEST(Plan, BlocksShareActivationsWithManyTokensOfDenseWeightsOnly) {
+  Problem problem{4096, 8192, 8192, 128, device_of(90, 132)};
+  problem.device.wgmma = true;
+  EXPECT_EQ(select_prefill(problem)->input_shares, 2);
+  EXPECT_EQ(select_prefill(problem)->cluster, 2);
+  problem.sparse = true;
+  EXPECT_EQ(select_prefill(problem)->input_shares, 1);
+  EXPECT_EQ(prefill_plan_with(prefill_kernels(true)[0], 2, 2, problem).input_shares, 1);
+  problem.sparse = false;
+  problem.m = 1024;
+  EXPECT_EQ(select_prefill(problem)->input_shares, 1);
 }
 
 TEST(Plan, PrefillTakesNoClusterThatTheDeviceCannotRun) {
