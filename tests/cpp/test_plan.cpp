@@ -277,16 +277,18 @@ TEST(Plan, SparseDecodeStagesHoldThreeBitsAColumn) {
   }
 }
 
-TEST(Plan, ManyTokensBySparseWeightsAreLeftToTheSm80Kernels) {
-  Problem problem{129, 4096, 4096, 128, device_of(90, 132), true};
+TEST(Plan, SparseWeightsHaveKernelsForAnyNumberOfTokensOnHopper) {
+  Problem problem{1, 8192, 8192, 128, device_of(90, 132), true};
   problem.device.wgmma = true;
-  EXPECT_FALSE(select_decode(problem).has_value());
-  EXPECT_FALSE(select_prefill(problem).has_value());
-  problem.m = 128;
-  EXPECT_TRUE(select_decode(problem).has_value());
-  EXPECT_FALSE(select_prefill(problem).has_value());
+  for (problem.m = 1; problem.m < 600; ++problem.m) {
+    EXPECT_EQ(select_decode(problem).has_value(), problem.m <= 128) << problem.m;
+    EXPECT_TRUE(select_prefill(problem).has_value());
+  }
+  problem.m = 256, problem.n = 4096;  // two token tiles
+  EXPECT_EQ(select_decode(problem)->token_tiles, 2);
   problem.device.wgmma = false;
   EXPECT_FALSE(select_decode(problem).has_value());
+  EXPECT_FALSE(select_prefill(problem).has_value());
 }
 
 TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {
