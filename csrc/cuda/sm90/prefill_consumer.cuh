@@ -131,9 +131,8 @@ struct PrefillConsumer {
           }
           ptx::wgmma_fence();
           multiply_step<Element, kTokens, S::kSparse>(
-              sums, a[step], meta,
-              input_of_step<S::kSparse>(b, block * 4 + step, p.input_tokens), step,
-              (i | block | step) != 0);
+              sums, a[step], meta, input_of_step<S::kSparse>(b, block * 4 + step, p.input_tokens),
+              step, (i | block | step) != 0);
           ptx::wgmma_commit();
           ptx::wgmma_wait<3>();
         }
