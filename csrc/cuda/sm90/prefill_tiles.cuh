@@ -61,7 +61,8 @@ struct ClusterPlace {
 };
 
 // The tiles of this block's cluster, in turn, and this block's part of each: neighbouring row blocks
-// where several share activations, a range of k where several share that. What can be computed is not kept: registers are short.
+// where several share activations, a range of k where several share that. What can be computed is not
+// kept: registers are short.
 // Few pieces: a run of neighbours within one token tile.
 // Many: every so-many-th whole tile of an order in which those that are done at the same time share
 // weights and activations, which then come from the L2 cache.
@@ -89,9 +90,6 @@ struct TileCursor {
   // Of the group of token tiles that a whole tile is in: its first, and how many it has.
   __device__ int group_first() const { return at / (p.token_group * p.row_tiles) * p.token_group; }
   __device__ int group_size() const { return min(p.token_group, p.token_tiles - group_first()); }
-  // What the tile holds: the last of several begins early enough to be full, and does some tokens that
-  // the one before it stores.
-  __device__ int first_token() const { return max(min(token(), p.m - S::kTokens), 0); }
   // Of the cluster's tile: the first row block, and how many there are.
   __device__ int cluster_row_block() const {
     if (!p.token_group) return at % p.n_blocks;
@@ -110,6 +108,9 @@ struct TileCursor {
     if (!p.token_group) return at / p.n_blocks * S::kTokens;
     return (group_first() + at % (p.token_group * p.row_tiles) % group_size()) * S::kTokens;
   }
+  // What the tile holds: the last of several begins early enough to be full, and does some tokens that
+  // the one before it stores.
+  __device__ int first_token() const { return max(min(token(), p.m - S::kTokens), 0); }
   __device__ int pieces() const {
     return before(place().row_rank() + 1) - before(place().row_rank());
   }
