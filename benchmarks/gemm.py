@@ -40,45 +40,46 @@ class Row:
     peers_us: dict[str, float] = field(default_factory=dict)
 
 
+def random_weight(
+    n: int, k: int, group_size: int, dtype: torch.dtype, zeros: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A dense (qweight, scales, zeros)."""
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    blocks = (-(-n // 64), -(-k // 64), 512)
+    qweight = torch.randint(-(2**31), 2**31, blocks, device="cuda", dtype=torch.int32)
+    scales = torch.rand(groups, n, device="cuda").mul_(0.01).to(dtype)
+    z = torch.randint(0, 16, (groups, n), device="cuda", dtype=torch.uint8) if zeros else None
+    return qweight, scales, z
+
+
 def random_weights(
     n: int, k: int, group_size: int, dtype: torch.dtype, zeros: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """As many distinct (qweight, scales, zeros) as make a walk over them cold."""
-    groups = 1 if group_size == -1 else -(-k // group_size)
-    blocks = (-(-n // 64), -(-k // 64), 512)
+    """As many distinct ones as make a walk over them cold."""
+    copies = timing.copies_for(n * k // 2)
+    return [random_weight(n, k, group_size, dtype, zeros) for _ in range(copies)]
 
-    def make() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        qweight = torch.randint(-(2**31), 2**31, blocks, device="cuda", dtype=torch.int32)
-        scales = torch.rand(groups, n, device="cuda").mul_(0.01).to(dtype)
-        z = torch.randint(0, 16, (groups, n), device="cuda", dtype=torch.uint8) if zeros else None
-        return qweight, scales, z
 
-    return [make() for _ in range(timing.copies_for(n * k // 2))]
+def random_places(n: int, k: int) -> torch.Tensor:
+    """The metadata of a 2:4 sparse weight: places that rise, as nibbles first | second << 2."""
+    nibbles = torch.tensor([4, 8, 12, 9, 13, 14], device="cuda")
+    meta = torch.zeros(-(-n // 64), -(-k // 128), 256, device="cuda", dtype=torch.int64)
+    for i in range(8):
+        meta |= nibbles[torch.randint(6, meta.shape, device="cuda")] << (4 * i)
+    return torch.where(meta < 2**31, meta, meta - 2**32).to(torch.int32)
 
 
 def random_weights_24(
     n: int, k: int, group_size: int, dtype: torch.dtype, zeros: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Likewise (qweight, meta, scales, zeros) of 2:4 sparse weights."""
-    blocks = (-(-n // 64), -(-k // 128))
-    # The nibbles of two places that rise: first | second << 2.
-    nibbles = torch.tensor([4, 8, 12, 9, 13, 14], device="cuda")
-
-    def make_meta() -> torch.Tensor:
-        meta = torch.zeros(*blocks, 256, device="cuda", dtype=torch.int64)
-        for i in range(8):
-            meta |= nibbles[torch.randint(6, meta.shape, device="cuda")] << (4 * i)
-        return torch.where(meta < 2**31, meta, meta - 2**32).to(torch.int32)
-
-    metas = [make_meta() for _ in range(2)]  # drawing them is slow; all are buffers of their own
-    dense = random_weights(n, -(-k // 2), max(group_size // 2, -1), dtype, zeros)
-    copies = timing.copies_for(n * k * 3 // 8)
-    while len(dense) < copies:
-        dense += random_weights(n, -(-k // 2), max(group_size // 2, -1), dtype, zeros)
-    return [
-        (qweight, metas[i % 2].clone(), scales, z)
-        for i, (qweight, scales, z) in enumerate(dense[:copies])
-    ]
+    places = random_places(n, k)  # drawing them is slow: every weight has a copy
+    stored = -(-k // 2), max(group_size // 2, -1)  # columns, and of a group
+    out = []
+    for _ in range(timing.copies_for(n * k * 3 // 8)):
+        qweight, scales, z = random_weight(n, *stored, dtype, zeros)
+        out.append((qweight, places.clone(), scales, z))
+    return out
 
 
 def marlin_calls(
@@ -127,7 +128,7 @@ def peers_us(names: list[str], n: int, k: int, m: int, group_size: int) -> dict[
             calls = peers.find(name)(n, k, m, group_size)
         except ValueError:
             continue
-        out[name.partition(":")[0]] = round(timing.measure(calls, sustained=False).us, 2)
+        out[name] = round(timing.measure(calls, sustained=False).us, 2)
         del calls
         torch.cuda.empty_cache()
     return out

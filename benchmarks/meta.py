@@ -12,9 +12,9 @@ METHOD = (
     "time per call inside one CUDA graph that walks over at least 320 MB of distinct weights (cold "
     "L2), several times where that takes less than 1 ms; random weights and activations, "
     "static_weights=True, CUDA events; us: median of 7 replays of the graph, each timed by itself, "
-    "after a rest; sustained_us: median of 7 windows of 10 ms of replays after 30 ms; floor: the "
-    "time of an H200 (benchmarks/shapes.py); cuBLAS fp16 (torch.nn.functional.linear) and peers by "
-    "the same method in the same process"
+    "one after the other after one rest; sustained_us: median of 7 windows of 10 ms of replays "
+    "after 30 ms; floor: the time of an H200 (benchmarks/shapes.py); cuBLAS fp16 "
+    "(torch.nn.functional.linear) and peers by the same method in the same process"
 )
 
 

@@ -22,6 +22,8 @@ def tinygemm(n: int, k: int, m: int, group_size: int) -> list[Call]:
     """torch's ``_weight_int4pack_mm`` (torchao's int4 weight-only linear), bfloat16."""
     if m > 32:
         raise ValueError("tinygemm is for few tokens: with 32 it takes longer than fp16")
+    if group_size not in (32, 64, 128) or k % group_size:
+        raise ValueError("tinygemm wants groups of 32, 64 or 128 that divide K")
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     aten = torch.ops.aten
 

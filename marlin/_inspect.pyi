@@ -43,7 +43,8 @@ def force_plan(id: int = -1, *, sms: int = 0, cluster: int = 0, input_shares: in
     """For tests and benchmarks: until called again, every CUDA gemm that can runs kernel ``id``.
 
     -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as
-    many as it has). ``cluster``: how many blocks share K, on Hopper (0: one). Raises
-    ``RuntimeError`` for an unknown id, a cluster above 8, or without CUDA kernels. A gemm of the
-    other kind of weight (``sparse``) then raises it.
+    many as it has). ``cluster``: how many blocks work on a tile together, on Hopper (0: one); sets
+    of ``input_shares`` (0: one) of them copy activations together in prefill kernels, as far as a
+    tile allows, and the sets share K. Raises ``RuntimeError`` for an unknown id, a cluster above 8,
+    or without CUDA kernels. A gemm of the other kind of weight (``sparse``) then raises it.
     """

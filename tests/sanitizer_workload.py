@@ -63,7 +63,10 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
         if kernel["family"].startswith("sm80"):
             continue
         few = not kernel["family"].startswith("sm90_prefill")
-        for cluster, shares in ((1, 1), (2, 1)) if few else ((1, 1), (2, 1), (3, 1), (2, 2)):
+        clusters = [(1, 1), (2, 1)] if few else [(1, 1), (2, 1), (3, 1)]
+        if not few and not kernel["sparse"]:
+            clusters.append((2, 2))
+        for cluster, shares in clusters:
             for sms in SMS:
                 ms = (1, kernel["tokens"] - 1) if few else (33, 300)
                 for m in (*ms, 2 * kernel["tokens"] - 1) if few and kernel["any_m"] else ms:

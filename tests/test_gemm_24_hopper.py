@@ -1,5 +1,5 @@
-"""The Hopper kernels of gemm_24, one by one: each alone and in pairs of blocks, on all
-multiprocessors and on three, where blocks do many tiles."""
+"""The Hopper kernels of gemm_24, one by one: each alone and in clusters of blocks, on
+all multiprocessors and on three, where blocks do many tiles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from marlin import _inspect
 
 ops = torch.ops.marlin
 
-KERNELS = [kernel for kernel in _inspect.plans() if kernel["family"] == "sm90_decode_24"]
+# The blocks of a cluster, by family of kernels.
+CLUSTERS = {"sm90_decode_24": (1, 2), "sm90_prefill_24": (1, 2, 3, 8)}
+KERNELS = [kernel for kernel in _inspect.plans() if kernel["family"] in CLUSTERS]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 pytestmark = [
@@ -31,7 +33,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 def partitions(kernel: dict[str, Any]) -> Iterator[None]:
     """Forces the kernel, with each partition of its work in turn."""
-    for cluster in (1, 2):
+    for cluster in CLUSTERS[kernel["family"]]:
         for sms in (0, 3):
             _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
             yield
@@ -147,9 +149,9 @@ def test_more_tokens_than_a_tile_holds(kernel: dict[str, Any], dtype: torch.dtyp
 def test_the_planner_has_a_kernel_for_every_number_of_tokens(dtype: torch.dtype) -> None:
     for n, k in ((136, 456), (4096, 4096), (7808, 1024)):
         w = weight_of(n, k, 128, dtype, integers=True)
-        x = integers(128, k, dtype)
+        x = integers(600, k, dtype)
         expected = w.gemm64(x).to(dtype)
-        for m in range(1, 129):
+        for m in range(1, 600):
             assert torch.equal(w.gemm(x[:m]), expected[:m]), m
 
 

@@ -230,7 +230,7 @@ def multiprocessors(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("multiprocessors", [0, 3], indirect=True, ids=["all-sms", "3-sms"])
-@pytest.mark.parametrize("m", [7, 100, 300])
+@pytest.mark.parametrize("m", [7, 100, 300, 4100])
 @both_kinds
 def test_chain_of_layers_equals_eager(make: Maker, m: int, multiprocessors: int) -> None:
     """64 distinct layers, each fed by the one before, in one graph with early weight reads."""

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <array>
 
+#include "plan/common.h"
+
 namespace marlin::plan {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #define MARLIN_SM90_DECODE(tokens, row_tiles, splits, stage_blocks, blocks_per_sm, input_stages, \
                            most_n, most_weights, reason)                                         \
@@ -26,14 +26,6 @@ auto sparse_table() {
   return std::to_array<DecodeKernel>({
 #include "plan/decode_24_table.inc"
   });
-}
-
-auto numbered(auto table, bool sparse) {
-  for (size_t i = 0; i < table.size(); ++i) {
-    table[i].id = static_cast<int>(i);
-    table[i].tile.sparse = sparse;
-  }
-  return table;
 }
 
 #undef MARLIN_SM90_DECODE
@@ -79,9 +71,7 @@ std::string DecodeKernel::name() const {
 DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Problem& problem) {
   DecodePlan plan{};
   plan.kernel = kernel;
-  plan.period = problem.group_size < 128 && problem.group_size < problem.k
-                    ? static_cast<int>(problem.group_size)
-                    : 128;
+  plan.period = scale_period(problem);
   plan.row_tiles = static_cast<int>(ceil_div(problem.n, kernel.tile.rows()));
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   plan.stages = static_cast<int>(ceil_div(problem.k, kernel.tile.stage_k()));

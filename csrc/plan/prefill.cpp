@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <array>
 
+#include "plan/common.h"
+
 namespace marlin::plan {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #define MARLIN_SM90_PREFILL(tokens, row_blocks, stage_blocks, reason) \
   PrefillKernel{0, PrefillTile{tokens, row_blocks, stage_blocks}, reason},
@@ -23,14 +23,6 @@ auto sparse_table() {
   });
 }
 
-auto numbered(auto table, bool sparse) {
-  for (size_t i = 0; i < table.size(); ++i) {
-    table[i].id = static_cast<int>(i);
-    table[i].tile.sparse = sparse;
-  }
-  return table;
-}
-
 #undef MARLIN_SM90_PREFILL
 
 // Of the tiles done at once, this many share a tile of weights, and on an H200 about as many bytes of
@@ -38,12 +30,12 @@ auto numbered(auto table, bool sparse) {
 // groups, 8192 tokens at 28672 x 4096 took 10% longer.
 constexpr int kTokenGroup = 8;
 
-// With so many tokens, and whole tiles for every block, pairs of blocks share activations: 720 us instead
-// of 739 at 8192 x 8192, M = 4096 (H200), 1332 instead of 1363 at 28672 x 4096; with fewer, and with four
-// blocks, it is no faster.
+// With so many tokens, pairs of blocks share activations: 720 us instead of 739 at 8192 x 8192, M = 4096
+// (H200), 1332 instead of 1363 at 28672 x 4096; with fewer, and with four blocks, it is no faster.
 constexpr int64_t kTokensToShare = 4096;
 
-// A model of a plan's time, to compare plans of one problem: microseconds, fitted to an H200. A stage of
+// A model of a plan's time, to compare plans of one problem: microseconds, fitted to an H200 and dense
+// weights (for sparse ones it chooses only how many blocks share k, and was not measured). A stage of
 // 64 columns costs something of its own and something for every piece of the tile; a tile, its
 // epilogue, which for a cluster means two barriers and the exchange of the sums.
 double estimated_us(const PrefillPlan& plan) {
@@ -85,14 +77,13 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int inpu
                               const Problem& problem) {
   PrefillPlan plan{};
   plan.kernel = kernel;
-  plan.period = problem.group_size < 128 && problem.group_size < problem.k
-                    ? static_cast<int>(problem.group_size)
-                    : 128;
+  plan.period = scale_period(problem);
   plan.row_blocks = static_cast<int>(ceil_div(problem.n, 64));
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   const int64_t stages = ceil_div(problem.k, kernel.tile.stage_k());
-  // A copy for several blocks brings one block of 64 columns, and each must have rows.
+  // Each block must have rows, and copy whole swizzle patterns of 8 tokens of one block of 64 columns.
   plan.input_shares = kernel.tile.stage_k() == 64 ? std::min(input_shares, plan.row_blocks) : 1;
+  while (kernel.tile.tokens % (8 * plan.input_shares) != 0) --plan.input_shares;
   int64_t k_shares = std::max(cluster / plan.input_shares, 1);
   while (k_shares > 1 && (k_shares - 1) * ceil_div(stages, k_shares) >= stages) --k_shares;
   plan.cluster = static_cast<int>(k_shares) * plan.input_shares;
@@ -129,7 +120,9 @@ std::optional<PrefillPlan> select_prefill(const Problem& problem) {
   }
   if (best && best->cluster == 1 && best->kernel.tile.tokens > 128 && problem.m >= kTokensToShare &&
       problem.device.clusters_of(2) > 0) {
-    best = prefill_plan_with(best->kernel, 2, 2, problem);
+    const PrefillPlan shared = prefill_plan_with(best->kernel, 2, 2, problem);
+    if (estimated_us(shared) <= estimated_us(*best))
+      best = shared;  // pairs may not go round as well
   }
   return best;
 }

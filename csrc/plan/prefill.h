@@ -71,7 +71,7 @@ struct PrefillPlan {
   int period;  // columns between scales: 32, 64, or 128 for all longer groups
   int row_blocks, row_tiles, token_tiles;
   int cluster;                   // blocks
-  int input_shares;              // of them, those that share activations: 1 or 2
+  int input_shares;              // of them, those that share activations
   int stages_per_block;          // of one tile
   int runs, pieces_per_cluster;  // the latter with token_group > 0 too, for the model of time only
   int token_group;

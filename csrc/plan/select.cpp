@@ -2,18 +2,10 @@
 #include <array>
 #include <stdexcept>
 
-#include "plan/plan.h"
+#include "plan/common.h"
 
 namespace marlin::plan {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <size_t kSize>
-auto numbered(std::array<Kernel, kSize> table) {
-  for (size_t i = 0; i < kSize; ++i) table[i].id = static_cast<int>(i);
-  return table;
-}
 
 Partition partition_of(const Tile& tile, const Problem& p) {
   Partition out{};
@@ -35,17 +27,19 @@ std::span<const Kernel> kernels() {
   Kernel{0, "sm80", Tile{tokens, row_blocks, warps_k, k_blocks, stages}, reason},
   static const auto table = numbered(std::to_array<Kernel>({
 #include "plan/kernel_table.inc"
-  }));
+                                     }),
+                                     false);
 #undef MARLIN_SM80_KERNEL
   return table;
 }
 
 std::span<const Kernel> sparse_kernels() {
 #define MARLIN_SM80_KERNEL(tokens, row_blocks, warps_k, k_blocks, stages, reason) \
-  Kernel{0, "sm80_24", Tile{tokens, row_blocks, warps_k, k_blocks, stages, true}, reason},
+  Kernel{0, "sm80_24", Tile{tokens, row_blocks, warps_k, k_blocks, stages}, reason},
   static const auto table = numbered(std::to_array<Kernel>({
 #include "plan/sparse_kernel_table.inc"
-  }));
+                                     }),
+                                     true);
 #undef MARLIN_SM80_KERNEL
   return table;
 }

@@ -311,6 +311,7 @@ void check_prefill(const Problem& problem, const PrefillPlan& plan) {
   ASSERT_LE(tile.shared_bytes(), problem.device.shared_bytes);
   const int64_t stages = (problem.k + tile.stage_k() - 1) / tile.stage_k();
   ASSERT_EQ(plan.cluster % plan.input_shares, 0);
+  ASSERT_EQ(tile.tokens % (8 * plan.input_shares), 0) << "parts of a swizzle pattern";
   const int k_shares = plan.cluster / plan.input_shares;
   ASSERT_GE(int64_t{plan.stages_per_block} * k_shares, stages);
   ASSERT_LT(int64_t{plan.stages_per_block} * (k_shares - 1), stages) << "an idle block";
@@ -356,7 +357,7 @@ TEST(Plan, PrefillDoesEverythingOnce) {
     const auto kernels = prefill_kernels(problem.sparse);
     const auto& kernel = kernels[random() % kernels.size()];
     const auto cluster = static_cast<int>(up_to(Device::kLargestCluster));
-    const auto input_shares = static_cast<int>(up_to(2));
+    const auto input_shares = static_cast<int>(up_to(Device::kLargestCluster));
     ASSERT_NO_FATAL_FAILURE(
         check_prefill(problem, prefill_plan_with(kernel, cluster, input_shares, problem)));
   }
@@ -374,6 +375,8 @@ TEST(Plan, BlocksShareActivationsWithManyTokensOfDenseWeightsOnly) {
   EXPECT_EQ(prefill_plan_with(prefill_kernels(true)[0], 2, 2, problem).input_shares, 1);
   problem.sparse = false;
   problem.m = 1024;
+  EXPECT_EQ(select_prefill(problem)->input_shares, 1);
+  problem.m = 4352, problem.n = 448;  // a pair would have 3 pieces, and one of its blocks 2
   EXPECT_EQ(select_prefill(problem)->input_shares, 1);
 }
 

@@ -18,7 +18,7 @@ struct DecodeParams : LayerParams<Element> {
 };
 
 template <int kTokens_, int kRowTiles_, int kSplits_, int kStageBlocks_, int kBlocksPerSm_,
-          int kInputStages_, int kPeriod_, bool kSparse_ = false>
+          int kInputStages_, int kPeriod_, bool kSparse_>
 struct DecodeShape {
   static constexpr plan::DecodeTile kTile{kTokens_,      kRowTiles_,    kSplits_, kStageBlocks_,
                                           kBlocksPerSm_, kInputStages_, kSparse_};
@@ -33,7 +33,7 @@ struct DecodeShape {
   static constexpr int kRows = kTile.rows(), kThreads = kTile.threads();
   static constexpr int kConsumers = kTile.consumers();
   // Of a stage of weights: for every row tile its blocks, then what metadata they have.
-  static constexpr int kMetaBytes = kSparse ? layout::kMetaWordsPerBlock * 4 : 0;  // of a block
+  static constexpr int kMetaBytes = kSparse ? layout::kMetaBytesPerBlock : 0;  // of a block
   static constexpr int kBlockBytes = layout::kBytesPerBlock + kMetaBytes;
   static constexpr int kMetaAt = kStageBlocks * layout::kBytesPerBlock;
   static constexpr int kStageMetaBytes = kRowTiles * kStageBlocks * kMetaBytes;

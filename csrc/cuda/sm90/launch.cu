@@ -90,6 +90,8 @@ void start(void (*kernel)(Params), const Params& params, int blocks, int threads
 
 }  // namespace
 
+// Of blocks that fill a multiprocessor: those of one kernel stand for all. Where two of a kernel's blocks
+// fit, the second place is kept for the next kernel's.
 std::array<int, 9> clusters_at_once() {
   std::array<int, 9> out{};
   const plan::PrefillKernel& kernel = plan::prefill_kernels().front();

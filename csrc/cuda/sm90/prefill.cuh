@@ -4,7 +4,8 @@
 // A tile is up to kRowBlocks pieces of 64 output features by kTokens tokens, one piece per consumer
 // warpgroup, which all multiply the same activations. Weights are scaled in registers, that is,
 // rounded to the activations' type as `dequantize` rounds them. A producer warpgroup fills a ring of
-// stages by bulk copies: weights as they lie, activations, scales and zero points.
+// stages by bulk copies: weights as they lie, activations, scales and zero points; and, where weights
+// are 2:4 sparse (S::kSparse), their metadata.
 //
 // Blocks of a cluster may have neighbouring rows and the same tokens: then each copies a part of the
 // activations into all of them (multicast), and a stage is free when it is free in all.

@@ -127,7 +127,7 @@ struct PrefillConsumer {
           multiply_pairs<Element>(a[step], factor.scale);
           if (S::kSparse && step == 0) {
             ptx::wgmma_wait<0>();
-            meta = load_meta(meta_at() + stage + block * layout::kMetaWordsPerBlock * 4);
+            meta = load_meta(meta_at() + stage + block * layout::kMetaBytesPerBlock);
           }
           ptx::wgmma_fence();
           multiply_step<Element, kTokens, S::kSparse>(

@@ -49,7 +49,7 @@ struct PrefillProducer {
         const uint32_t stage = shared + slot * S::kStageBytes;
         const int count = min(S::kStageBlocks, blocks);
         const int bytes = count * layout::kBytesPerBlock;
-        const int meta_bytes = S::kSparse ? count * layout::kMetaWordsPerBlock * 4 : 0;
+        const int meta_bytes = S::kSparse ? count * layout::kMetaBytesPerBlock : 0;
         ptx::mbarrier_arrive_expect(barrier, pieces * (bytes + meta_bytes));
 #pragma unroll
         for (int r = 0; r < S::kRowBlocks; ++r) {

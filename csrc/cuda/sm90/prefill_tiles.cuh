@@ -30,8 +30,7 @@ struct PrefillShape {
   static constexpr int kConsumers = kTile.consumers();
   static constexpr int kStages = kTile.stages(), kStageBytes = kTile.stage_bytes();
   static constexpr int kRowBlockBytes = kStageBlocks * layout::kBytesPerBlock;
-  static constexpr int kMetaBytes =
-      kStageBlocks * layout::kMetaWordsPerBlock * 4;  // of a row block
+  static constexpr int kMetaBytes = kStageBlocks * layout::kMetaBytesPerBlock;  // of a row block
   static constexpr int kInputAt = 0, kWeightsAt = kTile.input_bytes(), kMetaAt = kTile.meta_at();
   static constexpr int kScalesAt = kTile.scales_at(), kZerosAt = kTile.zeros_at();
   static constexpr int kOutputAt = kTile.output_at(), kBarriersAt = kTile.barriers_at();
@@ -39,6 +38,11 @@ struct PrefillShape {
   // Per thread; together, what the block's threads have at its launch.
   static constexpr int kProducerRegisters = kRowBlocks == 4 ? 32 : 40;
   static constexpr int kConsumerRegisters = kRowBlocks == 4 ? 112 : 232;
+  // A stage has one row of scales where they are 128 columns or more apart; and every stage of sparse
+  // weights is whole, so that none is multiplied without places.
+  static_assert(kTile.stage_k() <= 128 && (!kSparse || kStageBlocks == 1));
+  static_assert(kTile.weight_bytes() == kRowBlocks * kRowBlockBytes);
+  static_assert(!kSparse || kTile.meta_bytes() == kRowBlocks * kMetaBytes);
   static_assert(kStages >= 3 && kStages <= 16 && kTokens % 16 == 0);
   static_assert(kTokens * kSumStride * 4 <= kOutputAt);
 };

@@ -25,8 +25,8 @@ struct Gemm {
   int64_t m = 0, n = 0, k = 0;
   int64_t group_size = 0;  // 32, 64, 128, or any value >= k for one group
   DType dtype = DType::kFloat16;
-  // A promise that no kernel still in flight on the stream writes qweight, scales or zeros: they may
-  // then be read before the stream's earlier kernels have finished.
+  // A promise that no kernel still in flight on the stream writes qweight, scales, zeros or meta:
+  // they may then be read before the stream's earlier kernels have finished.
   bool static_weights = false;
   // Of a 2:4 sparse weight, as pack_24 makes it, with its qweight; 16-byte aligned; such a one has no
   // perm. Null: dense.
