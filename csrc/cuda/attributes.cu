@@ -5,8 +5,7 @@
 #include "cuda/check.h"
 #include "cuda/element.cuh"
 #include "cuda/sm80/instances.h"
-#include "plan/decode.h"
-#include "plan/prefill.h"
+#include "plan/numbering.h"
 #ifdef MARLIN_WITH_SM90
 #include "cuda/sm90/decode_instances.h"
 #include "cuda/sm90/prefill_instances.h"
@@ -52,15 +51,9 @@ Compiled compiled(const Kernel&) {
 template <typename Element>
 std::vector<Compiled> compiled_kernels() {
   std::vector<Compiled> out;
-  const auto add = [&](const auto& kernels) {
-    for (const auto& kernel : kernels) out.push_back(compiled<Element>(kernel));
-  };
-  add(plan::kernels());
-  add(plan::decode_kernels());
-  add(plan::prefill_kernels());
-  add(plan::sparse_kernels());
-  add(plan::decode_kernels(true));
-  add(plan::prefill_kernels(true));
+  plan::for_each_table([&](const auto& table) {
+    for (const auto& kernel : table) out.push_back(compiled<Element>(kernel));
+  });
   return out;
 }
 

@@ -8,9 +8,7 @@
 #include "cuda/check.h"
 #include "cuda/element.cuh"
 #include "cuda/sm80/launch.cuh"
-#include "plan/decode.h"
-#include "plan/plan.h"
-#include "plan/prefill.h"
+#include "plan/numbering.h"
 #ifdef MARLIN_WITH_SM90
 #include "cuda/sm90/launch.cuh"
 #endif
@@ -56,34 +54,28 @@ plan::Device current_device() {
 std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0,
                  forced_input_shares = 0;  // see force_plan
 
-int kernel_count() {
-  return static_cast<int>(plan::kernels().size() + plan::decode_kernels().size() +
-                          plan::prefill_kernels().size() + plan::sparse_kernels().size() +
-                          plan::decode_kernels(true).size() + plan::prefill_kernels(true).size());
-}
-
-// The kernel of a number: one of these, or none where it is -1. The kernels of the tables are numbered
-// one after the other, as `marlin._inspect.plans` lists them.
+// The kernel of a number: one of these, or none where it is -1.
 struct NumberedKernel {
   const plan::Kernel* sm80 = nullptr;
   const plan::DecodeKernel* decode = nullptr;
   const plan::PrefillKernel* prefill = nullptr;
   bool sparse = false;
 
-  explicit NumberedKernel(int id) {
-    const auto look = [&id](auto& kernel, const auto& table) {
-      const int size = static_cast<int>(table.size());
-      if (id >= 0 && id < size) kernel = &table[id];
-      id -= size;
-      return id < 0;
-    };
-    if (look(sm80, plan::kernels()) || look(decode, plan::decode_kernels()) ||
-        look(prefill, plan::prefill_kernels())) {
-      return;
-    }
-    sparse = look(sm80, plan::sparse_kernels()) || look(decode, plan::decode_kernels(true)) ||
-             look(prefill, plan::prefill_kernels(true));
+  explicit NumberedKernel(int number) {
+    if (number < 0) return;
+    plan::for_each_table([&](const auto& table) {
+      for (const auto& kernel : table) {
+        if (number-- != 0) continue;
+        sparse = kernel.tile.sparse;
+        point_to(kernel);
+      }
+    });
   }
+
+ private:
+  void point_to(const plan::Kernel& kernel) { sm80 = &kernel; }
+  void point_to(const plan::DecodeKernel& kernel) { decode = &kernel; }
+  void point_to(const plan::PrefillKernel& kernel) { prefill = &kernel; }
 };
 
 // Calls `run` with the plan of the kernels that will do it.
@@ -128,7 +120,7 @@ int64_t gemm_workspace_bytes(const Gemm& args) {
 }
 
 void force_plan(int id, int sm_count, int cluster, int input_shares) {
-  if (id < -1 || id >= kernel_count() || sm_count < 0 || cluster < 0 ||
+  if (id < -1 || id >= plan::kernel_count() || sm_count < 0 || cluster < 0 ||
       cluster > plan::Device::kLargestCluster || input_shares < 0 ||
       input_shares > plan::Device::kLargestCluster) {
     throw std::runtime_error(

@@ -8,22 +8,19 @@
 #include <string>
 
 #include "cuda/attributes.h"
-#include "plan/decode.h"
-#include "plan/plan.h"
-#include "plan/prefill.h"
+#include "plan/numbering.h"
 
 namespace py = pybind11;
 
 namespace marlin::inspect {
 namespace {
 
-// The kernels of the tables are numbered one after the other, those for 2:4 sparse weights last.
 // `any_m`: more tokens than a tile holds make several tiles. `rounds_weights`: to the activations' type.
 template <typename Kernel>
-py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int stages,
-                  int shared_bytes, bool any_m, bool rounds_weights) {
+py::dict describe(const Kernel& kernel, const char* family, int stages, int shared_bytes,
+                  bool any_m, bool rounds_weights) {
   py::dict out;
-  out["id"] = static_cast<int>(first_id) + kernel.id;
+  out["id"] = plan::number_of(kernel);
   out["name"] = kernel.name();
   out["family"] = family;
   out["tokens"] = kernel.tile.tokens;
@@ -40,43 +37,27 @@ py::dict describe(const Kernel& kernel, size_t first_id, const char* family, int
 }
 
 py::dict describe(const plan::Kernel& kernel) {
-  const bool sparse = kernel.tile.sparse;
-  const size_t dense_kernels =
-      plan::kernels().size() + plan::decode_kernels().size() + plan::prefill_kernels().size();
-  return describe(kernel, sparse ? dense_kernels : 0, kernel.family, kernel.tile.stages,
-                  kernel.tile.shared_bytes(), true, false);
+  return describe(kernel, kernel.family, kernel.tile.stages, kernel.tile.shared_bytes(), true,
+                  false);
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
-  const bool sparse = kernel.tile.sparse;
-  const size_t between = plan::decode_kernels().size() + plan::prefill_kernels().size() +
-                         plan::sparse_kernels().size();
-  return describe(kernel, plan::kernels().size() + (sparse ? between : 0),
-                  sparse ? "sm90_decode_24" : "sm90_decode", kernel.tile.stages(128),
-                  kernel.tile.shared_bytes(128), kernel.tile.many_token_tiles(),
-                  kernel.tile.scales_weights());
+  const plan::DecodeTile& tile = kernel.tile;
+  return describe(kernel, tile.sparse ? "sm90_decode_24" : "sm90_decode", tile.stages(128),
+                  tile.shared_bytes(128), tile.many_token_tiles(), tile.scales_weights());
 }
 
 py::dict describe(const plan::PrefillKernel& kernel) {
-  const bool sparse = kernel.tile.sparse;
-  const size_t between = plan::prefill_kernels().size() + plan::sparse_kernels().size() +
-                         plan::decode_kernels(true).size();
-  return describe(kernel,
-                  plan::kernels().size() + plan::decode_kernels().size() + (sparse ? between : 0),
-                  sparse ? "sm90_prefill_24" : "sm90_prefill", kernel.tile.stages(),
-                  kernel.tile.shared_bytes(), true, true);
+  const plan::PrefillTile& tile = kernel.tile;
+  return describe(kernel, tile.sparse ? "sm90_prefill_24" : "sm90_prefill", tile.stages(),
+                  tile.shared_bytes(), true, true);
 }
 
 py::list plans() {
   py::list out;
-  for (const plan::Kernel& kernel : plan::kernels()) out.append(describe(kernel));
-  for (const plan::DecodeKernel& kernel : plan::decode_kernels()) out.append(describe(kernel));
-  for (const plan::PrefillKernel& kernel : plan::prefill_kernels()) out.append(describe(kernel));
-  for (const plan::Kernel& kernel : plan::sparse_kernels()) out.append(describe(kernel));
-  for (const plan::DecodeKernel& kernel : plan::decode_kernels(true)) out.append(describe(kernel));
-  for (const plan::PrefillKernel& kernel : plan::prefill_kernels(true)) {
-    out.append(describe(kernel));
-  }
+  plan::for_each_table([&](const auto& table) {
+    for (const auto& kernel : table) out.append(describe(kernel));
+  });
   return out;
 }
 
