@@ -112,8 +112,13 @@ class PackedModule(nn.Module):
         )
         self._watch.forget()
         if assign:
-            for key, tensor in self._buffers.items():
-                self._buffers[key] = aligned(tensor)
+            self.adopt_buffers()
+
+    def adopt_buffers(self) -> None:
+        """Make tensors that others have put in place of the buffers fit for the kernels."""
+        self._watch.forget()
+        for key, tensor in self._buffers.items():
+            self._buffers[key] = aligned(tensor)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

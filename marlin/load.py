@@ -41,7 +41,7 @@ def _child(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _module_problem(model: nn.Module, name: str, shape: PackedShape, has_bias: bool) -> str | None:
+def module_problem(model: nn.Module, name: str, shape: PackedShape, has_bias: bool) -> str | None:
     """Why a listed module of the model cannot be replaced, or None."""
     module = _child(model, name)
     if module is None:
@@ -208,7 +208,7 @@ def load(
     problems = [
         problem
         for name, shape in modules.items()
-        if (problem := _module_problem(model, name, shape, f"{name}.bias" in checkpoint.tensors))
+        if (problem := module_problem(model, name, shape, f"{name}.bias" in checkpoint.tensors))
     ]
     packed = {f"{name}.{leaf}" for name in modules for leaf in LEAVES}
     places = _places(model)

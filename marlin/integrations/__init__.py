@@ -1,0 +1,1 @@
+"""Other libraries' own ways to load models, taught to load converted checkpoints."""
