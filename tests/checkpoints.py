@@ -11,6 +11,7 @@ from typing import Any
 
 import reference
 import torch
+from operands import random_24
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -73,6 +74,15 @@ def make_layer(
         group_size=group_size,
         bias=torch.randn(n, generator=random).to(dtype) if bias else None,
     )
+
+
+def make_sparse(k: int, n: int, group_size: int = 32, **options: Any) -> GptqLayer:
+    """A random layer with its zero point at all but none, one or two of every four places."""
+    layer = make_layer(k, n, group_size, **options)
+    _, mask = random_24(n, k)
+    zero = layer.zeros[layer.g_idx.long()].T
+    layer.q = torch.where(mask, layer.q, zero)
+    return layer
 
 
 def pack_zeros(zeros: Tensor, version: int = 1) -> Tensor:

@@ -21,12 +21,12 @@ from checkpoints import (
     Source,
     gptq_config,
     make_layer,
+    make_sparse,
     read_all,
     snapshot,
     write_checkpoint,
     write_tensors,
 )
-from operands import random_24
 from torch import Tensor, nn
 
 from marlin import MarlinLinear, MarlinLinear24, load
@@ -37,15 +37,6 @@ from marlin.verify import verify
 
 ROOT = Path(__file__).parents[1]
 SPARSE, DENSE, ORDERED = "model.sparse", "model.dense", "model.ordered"
-
-
-def make_sparse(k: int, n: int, group_size: int = 32, **options: Any) -> GptqLayer:
-    """A random layer with its zero point at all but none, one or two of every four places."""
-    layer = make_layer(k, n, group_size, **options)
-    _, mask = random_24(n, k)
-    zero = layer.zeros[layer.g_idx.long()].T
-    layer.q = torch.where(mask, layer.q, zero)
-    return layer
 
 
 def mixed_layers() -> dict[str, GptqLayer]:

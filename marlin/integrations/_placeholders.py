@@ -188,8 +188,10 @@ def finish_layers(model: nn.Module, names: Iterable[str], dtype: torch.dtype) ->
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, PackedModule)
-        if not layer.scales.is_meta and layer.scales.dtype != dtype:
-            layer.to(dtype)  # not every loader casts
+        if layer.scales.is_meta:
+            layer.static_weights = False  # its tensors are made anew for every call
+        elif layer.scales.dtype != dtype:
+            layer.to(dtype)  # transformers casts since some version after 5.0
         layer.adopt_buffers()
         problems += _buffer_problems(name, layer, dtype)
     if problems:

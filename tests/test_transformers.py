@@ -1,0 +1,482 @@
+"""Converted checkpoints through transformers: loaded, saved, trained on, refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import (
+    GptqLayer,
+    Source,
+    gptq_config,
+    make_layer,
+    make_sparse,
+    read_all,
+    write_checkpoint,
+    write_tensors,
+)
+from torch import Tensor, nn
+
+import marlin
+from marlin import CheckpointError, MarlinLinear, MarlinLinear24
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+import_module("marlin.integrations.transformers")
+
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+DEMO = Path(__file__).parent / "data" / "demo"
+TOKENS = torch.arange(7, 39).view(2, 16)
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 72,
+    "max_position_embeddings": 64,
+    "attention_bias": True,
+    "initializer_range": 0.2,
+}
+UP, DOWN, ORDERED = (
+    f"model.layers.0.{name}" for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.o_proj")
+)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+
+
+def quantized_layers(model: nn.Module, dtype: torch.dtype, head: bool) -> dict[str, GptqLayer]:
+    """Random integers for every linear layer: 2:4 in the MLPs, act-order and zero points beside."""
+    layers = {}
+    for seed, (name, module) in enumerate(model.named_modules()):
+        if not isinstance(module, nn.Linear) or (name == "lm_head" and not head):
+            continue
+        k, n = module.in_features, module.out_features
+        options: dict[str, Any] = {"seed": seed, "bias": module.bias is not None, "dtype": dtype}
+        if ".mlp." in name:
+            layers[name] = make_sparse(k, n, sym="down" not in name, **options)
+        else:
+            layers[name] = make_layer(k, n, act_order=name.endswith("o_proj"), **options)
+        layers[name].scales.mul_(0.5)
+    return layers
+
+
+def write_llama(
+    directory: Path,
+    *,
+    tied: bool = True,
+    dtype: torch.dtype = torch.float16,
+    head: bool = False,
+    shards: int = 1,
+    sparse: bool = True,
+) -> Source:
+    """A converted checkpoint of a tiny Llama in ``directory``, and what it was made from."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, tie_word_embeddings=tied, architectures=["LlamaForCausalLM"])
+    model = LlamaForCausalLM(config).to(dtype)
+    layers = quantized_layers(model, dtype, head)
+    start = tuple(f"{name}." for name in layers)
+    others = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(start) and (name != "lm_head.weight" or not tied)
+    }
+    settings = json.loads(config.to_json_string(use_diff=False))
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    settings["quantization_config"] = gptq_config(sym=None)["quantization_config"]
+    original = directory.with_name(directory.name + "-gptq")
+    source = write_checkpoint(original, layers, config=settings, others=others, shards=shards)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (original / file).unlink()
+    limit = 20_000 if shards > 1 else 10**9
+    marlin.convert(original, directory, progress=False, sparse=sparse, shard_bytes=limit)
+    return Source(directory, layers, others, source.tensors, settings)
+
+
+def exact_model(source: Source) -> Any:
+    """The model in fp32, of the very numbers that the checkpoint stands for."""
+    config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "dtype")}
+    model = LlamaForCausalLM(LlamaConfig(**config)).float()
+    state = {name: tensor.float() for name, tensor in source.others.items()}
+    for name, layer in source.layers.items():
+        state[f"{name}.weight"] = layer.weight().float()
+        if layer.bias is not None:
+            state[f"{name}.bias"] = layer.bias.float()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert missing in ([], ["lm_head.weight"])
+    return model.eval()
+
+
+def load(directory: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+
+def assert_equal_states(one: nn.Module, other: nn.Module) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype, name
+        assert torch.equal(tensor, second[name]), name
+
+
+def edit_quantization(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    edit(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+class TestLoading:
+    @pytest.mark.parametrize("tied", [True, False])
+    @pytest.mark.parametrize("shards", [1, 3])
+    def test_values(self, tmp_path: Path, tied: bool, shards: int, device: str) -> None:
+        source = write_llama(tmp_path / "dst", tied=tied, shards=shards)
+        assert (len(list((tmp_path / "dst").glob("*.safetensors"))) > 1) == (shards > 1)
+        model, info = load(source.directory, output_loading_info=True)
+        assert not any(info.values()), info
+        assert model.dtype == torch.float16
+        assert not model.training
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        model.to(device)
+        with torch.no_grad():
+            want = exact_model(source)(TOKENS).logits
+            got = model(TOKENS.to(device)).logits.float().cpu()
+        torch.testing.assert_close(got, want, rtol=0, atol=4e-3 * float(want.abs().max()))
+
+    def test_layers(self, tmp_path: Path) -> None:
+        model = load(write_llama(tmp_path / "dst").directory)
+        up, down, ordered = (model.get_submodule(name) for name in (UP, DOWN, ORDERED))
+        assert type(up) is type(down) is MarlinLinear24
+        assert type(ordered) is MarlinLinear
+        assert type(model.lm_head) is nn.Linear
+        dtypes = {name: buffer.dtype for name, buffer in down.named_buffers()}
+        assert dtypes == {
+            "qweight": torch.int32,
+            "places": torch.int32,
+            "scales": torch.float16,
+            "zeros": torch.uint8,
+        }
+        assert up.zeros is None
+        assert ordered.perm.dtype == torch.int32
+        assert ordered.bias.dtype == torch.float16
+        assert not any(True for _ in ordered.parameters())
+        assert all(t.data_ptr() % 16 == 0 for t in model.buffers())
+
+    @pytest.mark.parametrize("sparse", [False, True])
+    def test_both_loaders_agree(self, tmp_path: Path, sparse: bool) -> None:
+        source = write_llama(tmp_path / "dst", sparse=sparse)
+        quantization = json.loads((source.directory / "config.json").read_text())
+        assert quantization["quantization_config"]["format_version"] == (2 if sparse else 1)
+        config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+        plain = LlamaForCausalLM(LlamaConfig(**config))
+        assert_equal_states(load(source.directory), marlin.load(plain, source.directory))
+
+    def test_head_in_4_bits(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst", tied=False, head=True)
+        model = load(source.directory)
+        assert type(model.lm_head) is MarlinLinear
+        want = exact_model(source)(TOKENS).logits
+        torch.testing.assert_close(model(TOKENS).logits.float(), want, rtol=0, atol=0.05)
+
+    def test_tied_head_in_4_bits_is_refused(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst", tied=False, head=True)
+        with pytest.raises(CheckpointError, match="lm_head: the model ties this layer's weight"):
+            load(source.directory, tie_word_embeddings=True)
+
+    def test_generation_on_the_demo(self, tmp_path: Path, device: str) -> None:
+        marlin.convert(DEMO / "gptq-g64-actorder", tmp_path / "dst", progress=False)
+        model = load(tmp_path / "dst").to(device)
+        plain = AutoModelForCausalLM.from_pretrained(DEMO / "fp16", dtype=torch.float16)
+        other = marlin.load(plain, tmp_path / "dst", device=device).eval()
+        prompt = TOKENS.to(device)
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        mask = torch.ones_like(prompt)
+        got = model.generate(prompt, attention_mask=mask, **options)
+        assert torch.equal(got, other.generate(prompt, attention_mask=mask, **options))
+        assert got.shape[0] == 2
+        assert got.shape[1] > prompt.shape[1]
+
+
+class TestSaving:
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_same_bits_again(self, tmp_path: Path, tied: bool) -> None:
+        source = write_llama(tmp_path / "dst", tied=tied)
+        model = load(source.directory)
+        model.save_pretrained(tmp_path / "again", max_shard_size="30KB")
+        assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+        assert_equal_states(model, load(tmp_path / "again"))
+        one, other = read_all(source.directory), read_all(tmp_path / "again")
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+        quantization = [
+            json.loads((folder / "config.json").read_text())["quantization_config"]
+            for folder in (source.directory, tmp_path / "again")
+        ]
+        assert quantization[0] == quantization[1]
+
+    def test_without_the_head(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst")
+        whole, base = load(source.directory), AutoModel.from_pretrained(source.directory)
+        assert_equal_states(whole.model, base)
+        base.save_pretrained(tmp_path / "base")
+        assert_equal_states(base, AutoModel.from_pretrained(tmp_path / "base"))
+        assert_equal_states(base, load(tmp_path / "base").model)
+
+
+class TestDtypes:
+    def test_asked_for(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst")
+        with pytest.warns(UserWarning, match=r"layers \(model.*pass dtype=torch.float16 to keep"):
+            model = load(source.directory, dtype=torch.bfloat16)
+        assert model.dtype == torch.bfloat16
+        want = load(source.directory)
+        for name in (UP, DOWN, ORDERED):
+            layer = want.get_submodule(name).to(torch.bfloat16)
+            assert_equal_states(model.get_submodule(name), layer)
+        assert model(TOKENS).logits.isfinite().all()
+
+    def test_of_the_checkpoint(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst", dtype=torch.bfloat16)
+        model = load(source.directory)
+        assert model.get_submodule(UP).scales.dtype == model.dtype == torch.bfloat16
+        assert torch.equal(model.get_submodule(UP).scales, source.layers[UP].scales)
+
+    def test_that_no_kernel_takes(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst")
+        with pytest.raises(TypeError, match=r"got torch\.float32.*pass dtype=torch\.float16"):
+            load(source.directory, dtype=torch.float32)
+
+    def test_that_cannot_hold_the_scales(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst", dtype=torch.bfloat16)
+        tensors = read_all(source.directory)
+        tensors[f"{UP}.scales"][0, 3] = 1e6
+        write_tensors(source.directory, tensors)
+        with pytest.raises(ValueError, match=rf"{UP}: got a cast to torch\.float16 with scales up"):
+            load(source.directory, dtype=torch.float16)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("name", "value", "reason"),
+        [
+            (f"{ORDERED}.perm", 3, "perm is not a permutation"),
+            (f"{DOWN}.zeros", 16, "zeros holds 16"),
+            (f"{UP}.scales", float("nan"), "scales holds a number that is not finite"),
+            (f"{UP}.places", 0, "rise"),
+        ],
+    )
+    def test_damaged_values(self, tmp_path: Path, name: str, value: float, reason: str) -> None:
+        source = write_llama(tmp_path / "dst")
+        tensors = read_all(source.directory)
+        tensors[name].view(-1)[5] = value
+        write_tensors(source.directory, tensors)
+        with pytest.raises(CheckpointError, match=rf"{name.rpartition('.')[0]}: .*{reason}"):
+            load(source.directory)
+
+    def test_tensors_that_do_not_fit(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst")
+        tensors = read_all(source.directory)
+        del tensors[f"{UP}.places"]
+        tensors[f"{ORDERED}.scales"] = tensors[f"{ORDERED}.scales"][:-1].clone()
+        tensors[f"{DOWN}.qweight"] = tensors[f"{DOWN}.qweight"].long()
+        tensors["model.layers.7.up.qweight"] = torch.zeros(1, dtype=torch.int32)
+        write_tensors(source.directory, tensors)
+        with pytest.raises(CheckpointError) as caught:
+            load(source.directory)
+        text = "\n".join(caught.value.refusals)
+        assert len(caught.value.refusals) == 4
+        assert f"{UP}: places is missing" in text
+        assert f"{ORDERED}: scales is F16 [1, 64], want F16 [2, 64]" in text
+        assert f"{DOWN}: qweight is I64" in text
+        assert "model.layers.7.up: has a qweight but config.json does not list it" in text
+
+    def test_modules_that_the_model_lacks(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst")
+        with pytest.raises(CheckpointError) as caught:
+            load(source.directory, num_hidden_layers=1)
+        assert len(caught.value.refusals) == 7
+        assert "layers.1.self_attn.q_proj: the checkpoint has this layer, the model" in str(
+            caught.value
+        )
+
+    def test_another_model(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst")
+        with pytest.raises(CheckpointError, match=r"up_proj: the model's layer is 64 -> 192"):
+            load(source.directory, intermediate_size=192)
+
+    @pytest.mark.parametrize(
+        ("edit", "reason"),
+        [
+            (lambda q: q.pop("format_version"), "the packing of the original Marlin kernel"),
+            (lambda q: q.update(format_version=3), "format_version is 3; this version of marlin"),
+            (lambda q: q.update(bits=8), "bits is 8, want 4"),
+            (lambda q: q.update(modules=[]), "modules is"),
+        ],
+    )
+    def test_configurations(
+        self, tmp_path: Path, edit: Callable[[dict[str, Any]], object], reason: str
+    ) -> None:
+        source = write_llama(tmp_path / "dst")
+        edit_quantization(source.directory, edit)
+        with pytest.raises(CheckpointError, match=reason):
+            load(source.directory)
+
+    def test_a_truncated_file(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst")
+        file = source.directory / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(CheckpointError, match="truncated"):
+            load(source.directory)
+
+    def test_a_state_dict(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst")
+        config = transformers.AutoConfig.from_pretrained(source.directory)
+        with pytest.raises(CheckpointError, match="give the folder of a converted checkpoint"):
+            LlamaForCausalLM.from_pretrained(
+                None, config=config, state_dict=read_all(source.directory), dtype=torch.float16
+            )
+
+    def test_a_checkpoint_that_is_not_quantized(self, tmp_path: Path) -> None:
+        from marlin.integrations.transformers import MarlinConfig
+
+        config = MarlinConfig(format_version=1, bits=4, modules={})
+        with pytest.raises(ValueError, match=r"marlin convert.*marlin\.replace_linear"):
+            load(DEMO / "fp16", quantization_config=config)
+
+
+class Adapter(nn.Module):
+    """LoRA by hand: ``base(x) + up(down(x))``, the base frozen."""
+
+    def __init__(self, base: nn.Module, rank: int = 4) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x.float())).to(x.dtype)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_enable`:FutureWarning"
+)  # 5.0 has no other
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_adapters_train_on_a_frozen_base(tmp_path: Path, device: str, checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    model = load(write_llama(tmp_path / "dst", dtype=torch.bfloat16).directory).to(device)
+    assert model.hf_quantizer.is_trainable
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.requires_grad_(False)
+    for layer in model.model.layers:  # the first one learns only through the layers above it
+        layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj).to(device)
+        layer.mlp.down_proj = Adapter(layer.mlp.down_proj).to(device)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 8
+    optimizer = torch.optim.Adam(trained, lr=0.05)
+    tokens = TOKENS.to(device)
+    losses = []
+    for step in range(12):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        ups = [m.up.weight.grad for m in model.modules() if isinstance(m, Adapter)]
+        assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in ups), step
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+    after = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+class TestDeviceMap:
+    @pytest.fixture(autouse=True)
+    def _accelerate(self) -> None:
+        pytest.importorskip("accelerate")
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("automatic", [False, True])
+    @pytest.mark.filterwarnings("ignore:the scales of")
+    def test_one_device(
+        self, tmp_path: Path, device: str, dtype: torch.dtype, automatic: bool
+    ) -> None:
+        source = write_llama(tmp_path / "dst")
+        model = load(source.directory, dtype=dtype, device_map="auto" if automatic else device)
+        if not automatic:
+            assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {device}
+        tokens = TOKENS.to(model.device)
+        want = load(source.directory, dtype=dtype).to(model.device)(tokens).logits
+        assert torch.equal(model(tokens).logits, want)
+
+    @pytest.mark.parametrize("offload_buffers", [False, True])
+    @pytest.mark.filterwarnings("ignore:the scales of")
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_offloaded(
+        self, tmp_path: Path, device: str, offload_buffers: bool, dtype: torch.dtype
+    ) -> None:
+        source = write_llama(tmp_path / "dst", tied=False)
+        here = 0 if device == "cuda" else "cpu"
+        places: dict[str, int | str] = dict.fromkeys(
+            ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "lm_head"),
+            here,
+        )
+        model = load(
+            source.directory,
+            dtype=dtype,
+            device_map={**places, "model.layers.1": "disk"},
+            offload_folder=tmp_path / "offload",
+            offload_buffers=offload_buffers,
+        )
+        layer = model.model.layers[1].mlp.up_proj
+        assert layer.qweight.is_meta == offload_buffers
+        assert layer.static_weights is (False if offload_buffers else None)
+        want = load(source.directory, dtype=dtype).to(device)(TOKENS.to(device)).logits
+        assert torch.equal(model(TOKENS.to(device)).logits, want)
+
+    @pytest.mark.multi_gpu
+    @pytest.mark.gpu
+    def test_two_devices(self, tmp_path: Path) -> None:
+        source = write_llama(tmp_path / "dst", tied=False)
+        first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0")
+        second = ("model.layers.1", "model.norm", "lm_head")
+        places = dict.fromkeys(first, 0) | dict.fromkeys(second, 1)
+        model = load(source.directory, device_map=places)
+        assert model.get_submodule(UP).qweight.device.index == 0
+        assert model.model.layers[1].mlp.up_proj.qweight.device.index == 1
+        want = load(source.directory).to("cuda:0")(TOKENS.to("cuda:0")).logits
+        assert torch.equal(model(TOKENS.to("cuda:0")).logits.to("cuda:0"), want)
+
+
+class TestRequirements:
+    @pytest.fixture(autouse=True)
+    def _not_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delitem(sys.modules, "marlin.integrations.transformers")
+
+    def test_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(
+            ImportError, match=r"needs transformers >= 5\.0.*marlin\[transformers\]"
+        ):
+            import_module("marlin.integrations.transformers")
+
+    def test_too_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Not the module above: transformers puts another one in its place as it loads its parts.
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.3")
+        with pytest.raises(ImportError, match=r">= 5\.0, found 4\.57\.3: .* or use marlin\.load"):
+            import_module("marlin.integrations.transformers")
