@@ -49,6 +49,14 @@ UP, DOWN, ORDERED = (
     f"model.layers.0.{name}" for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.o_proj")
 )
 
+ALL_BUT_LAYER_1 = (
+    "model.embed_tokens",
+    "model.norm",
+    "model.rotary_emb",
+    "model.layers.0",
+    "lm_head",
+)
+
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
@@ -430,12 +438,12 @@ class TestDeviceMap:
     def test_offloaded(
         self, tmp_path: Path, device: str, offload_buffers: bool, dtype: torch.dtype
     ) -> None:
+        from marlin.integrations.transformers import _offloads_integers
+
+        if offload_buffers and not _offloads_integers():
+            pytest.skip("this transformers is refused, see test_offloaded_by_an_old_version")
         source = write_llama(tmp_path / "dst", tied=False)
-        here = 0 if device == "cuda" else "cpu"
-        places: dict[str, int | str] = dict.fromkeys(
-            ("model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "lm_head"),
-            here,
-        )
+        places = dict.fromkeys(ALL_BUT_LAYER_1, 0 if device == "cuda" else "cpu")
         model = load(
             source.directory,
             dtype=dtype,
@@ -448,6 +456,20 @@ class TestDeviceMap:
         assert layer.static_weights is (False if offload_buffers else None)
         want = load(source.directory, dtype=dtype).to(device)(TOKENS.to(device)).logits
         assert torch.equal(model(TOKENS.to(device)).logits, want)
+
+    def test_offloaded_by_an_old_version(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = import_module("marlin.integrations.transformers")
+        monkeypatch.setattr(module, "_offloads_integers", lambda: False)
+        source = write_llama(tmp_path / "dst", tied=False)
+        with pytest.raises(RuntimeError, match=r"layers\.\d.*: offloaded, and transformers"):
+            load(
+                source.directory,
+                device_map={**dict.fromkeys(ALL_BUT_LAYER_1, "cpu"), "model.layers.1": "disk"},
+                offload_folder=tmp_path / "offload",
+                offload_buffers=True,
+            )
 
     @pytest.mark.multi_gpu
     @pytest.mark.gpu

@@ -14,6 +14,7 @@ the other, straight to their devices.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -55,6 +56,13 @@ from transformers.quantizers.base import HfQuantizer  # noqa: E402
 from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
 
 METHOD = "marlin"
+
+
+def _offloads_integers() -> bool:
+    """Whether tensors come back from the disk in their own dtypes, not all in the model's."""
+    from transformers.integrations.accelerate import accelerate_disk_offload
+
+    return "dtype" not in inspect.signature(accelerate_disk_offload).parameters
 
 
 @register_quantization_config(METHOD)
@@ -144,6 +152,13 @@ class MarlinQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         finish_layers(model, self._names, self._dtype)
+        offloaded = [name for name in self._names if model.get_submodule(name).scales.is_meta]
+        if offloaded and not _offloads_integers():
+            raise RuntimeError(
+                f"{offloaded[0]}: offloaded, and transformers {transformers.__version__} reads "
+                "integers back from the disk as floats: update transformers, or leave out "
+                "offload_buffers=True"
+            )
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the tensors as they are, and this configuration."""
