@@ -1,4 +1,4 @@
-"""Convert a GPTQ checkpoint, file by file, without building the model.
+"""Convert a quantized checkpoint, file by file, without building the model.
 
 Memory: one layer, whatever the size of the model or of its shards. The result is exact: every
 integer, scale, zero point and bias keeps its value (``marlin verify`` compares them).
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marlin.examine import Layer, Survey, layer_parameters, survey
+from marlin.examine import Layer, Survey, survey
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
-from marlin.formats.native import PackedShape, config_for
-from marlin.formats.packed import PackedWeight
+from marlin.formats.native import config_for
 from marlin.formats.shards import (
     Entry,
     ShardWriter,
@@ -44,7 +43,7 @@ from marlin.formats.staging import (
 
 SHARD_BYTES = 2 * 10**9
 SMALL_FILE_BYTES = 200 * 10**6
-REWRITTEN = ("config.json", "quantize_config.json")
+REWRITTEN = ("config.json", "quantize_config.json", "quant_config.json")
 WEIGHT_SUFFIXES = (
     ".safetensors",
     ".safetensors.index.json",
@@ -81,9 +80,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did or, after a dry run, would do. Sizes are bytes of tensors."""
+    """What a conversion did or, after a dry run, would do. Sizes are bytes of tensors.
+
+    ``source_format``: the ``quant_method`` of the source.
+    """
 
     source: str
+    source_format: str
     destination: str
     dry_run: bool
     layers: list[LayerReport]
@@ -104,9 +107,9 @@ class ConversionReport:
 def _layer_report(layer: Layer) -> LayerReport:
     return LayerReport(
         name=layer.name,
-        in_features=layer.in_features,
-        out_features=layer.out_features,
-        group_size=layer.settings.group_size,
+        in_features=layer.source.in_features,
+        out_features=layer.source.out_features,
+        group_size=layer.source.group_size,
         zeros=layer.zeros,
         act_order=layer.act_order,
         bias=layer.bias,
@@ -152,12 +155,7 @@ def _small_files(source: Path) -> tuple[list[str], list[str]]:
 def _new_config(checkpoint: Checkpoint, found: Survey) -> bytes:
     config = dict(checkpoint.config)
     config["quantization_config"] = config_for(
-        {
-            name: PackedShape(
-                layer.in_features, layer.out_features, layer.settings.group_size, layer.sparse
-            )
-            for name, layer in found.layers.items()
-        }
+        {name: layer.shape for name, layer in found.layers.items()}
     )
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -192,18 +190,9 @@ def _check_places(source: Path, destination: Path) -> None:
         raise CheckpointError(problem)
 
 
-def _write_layer(checkpoint: Checkpoint, layer: Layer, writer: ShardWriter, bar: tqdm[Any]) -> None:
-    rest = layer_parameters(checkpoint, layer.name, layer.settings, layer.dtype)
-    packed = PackedWeight(
-        torch.ops.marlin.repack_gptq(checkpoint.read(f"{layer.name}.qweight"), rest.perm),
-        rest.scales,
-        rest.zeros,
-        rest.perm,
-        layer.in_features,
-        layer.out_features,
-        rest.bias,
-    )
-    if layer.sparse:
+def _write_layer(layer: Layer, writer: ShardWriter, bar: tqdm[Any]) -> None:
+    packed = layer.source.pack(layer.source.parameters(layer.dtype))
+    if layer.sparse and not layer.source.sparse:
         packed = sparsify(packed, layer.name)
     for leaf, tensor in packed._asdict().items():
         if isinstance(tensor, Tensor):
@@ -223,7 +212,7 @@ def _write_all(
         with ShardWriter(partial / file, [entry for _, unit in units for entry in unit]) as writer:
             for name, _ in units:
                 if name in found.layers:
-                    _write_layer(checkpoint, found.layers[name], writer, bar)
+                    _write_layer(found.layers[name], writer, bar)
                 else:
                     bar.update(writer.write(name, checkpoint.read_bytes(name)))
     if len(shards) > 1:
@@ -250,7 +239,9 @@ def convert(
     sparse: bool = False,
     require_sparse: bool = False,
 ) -> ConversionReport:
-    """Convert the GPTQ checkpoint in ``src`` into a new folder ``dst``. ``src`` is never changed.
+    """Convert the checkpoint in ``src`` into a new folder ``dst``. ``src`` is never changed.
+
+    ``src`` is in one of the formats of :mod:`marlin.formats.detect`, as its config says.
 
     Everything is checked before anything is written; ``dry_run`` stops there. ``dst`` must not
     exist, or be an empty folder; it appears complete, by one rename, or not at all. ``dtype``
@@ -301,6 +292,7 @@ def convert(
             _write_all(checkpoint, found, shards, copied, partial, bar)
     return ConversionReport(
         source=str(source),
+        source_format=found.source.name,
         destination=str(destination),
         dry_run=dry_run,
         layers=[_layer_report(layer) for layer in found.layers.values()],

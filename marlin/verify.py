@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marlin.examine import Layer, Survey, survey
+from marlin.examine import Survey, survey
 from marlin.formats.checkpoint import Checkpoint
-from marlin.formats.gptq import GptqSettings, unpack_weight, unpack_zeros
+from marlin.formats.detect import source_format
 from marlin.formats.native import PackedShape, check_packed_tensors, packed_modules
-from marlin.formats.packed import COMPUTE_DTYPES, group_count
+from marlin.formats.packed import COMPUTE_DTYPES, SYMMETRIC_ZERO
+from marlin.formats.source import SourceLayer
 from marlin.formats.sparse import places_problem, zero_codes
 
 
@@ -66,27 +67,24 @@ def _first_difference(got: Tensor, want: Tensor) -> tuple[int, ...] | None:
     return tuple(int(i) for i in (got != want).nonzero()[0])
 
 
-def _differences(
-    name: str, src: Checkpoint, dst: Checkpoint, settings: GptqSettings, shape: PackedShape
-) -> Iterator[str]:
-    k, n = shape.in_features, shape.out_features
-    groups = group_count(k, settings.group_size)
-    g_idx = src.read(f"{name}.g_idx").long()
+def _differences(source: SourceLayer, dst: Checkpoint, shape: PackedShape) -> Iterator[str]:
+    name, k, n, groups = source.name, shape.in_features, shape.out_features, source.groups
+    g_idx = source.group_of_feature()
     perm_name, zeros_name = f"{name}.perm", f"{name}.zeros"
     perm = dst.read(perm_name).long() if perm_name in dst.tensors else torch.arange(k)
     if not torch.equal(perm.sort().values, torch.arange(k)):
         yield f"{name}: perm is not a permutation of 0..{k - 1}"
         return
     sorted_groups = (
-        torch.arange(k) // settings.group_size if groups > 1 else torch.zeros(k, dtype=torch.long)
+        torch.arange(k) // source.group_size if groups > 1 else torch.zeros(k, dtype=torch.long)
     )
     at = _first_difference(g_idx[perm], sorted_groups)
     if at is not None:
         column = int(perm[at[0]])
         got_group, want_group = int(g_idx[column]), int(sorted_groups[at])
         yield f"{name}: input feature {column} is in group {got_group}, packed into {want_group}"
-    want = unpack_weight(src.read(f"{name}.qweight"))[:, perm]
-    want_zeros = unpack_zeros(src.read(f"{name}.qzeros"), settings)
+    want = source.codes()[:, perm]
+    want_zeros = source.zeros()
     if shape.sparse:
         places = dst.read(f"{name}.places")
         problem = places_problem(places)
@@ -102,20 +100,20 @@ def _differences(
         column = int(perm[at[1]])
         yield f"{name}: weight row {at[0]}, column {column} is {int(got[at])}, want {int(want[at])}"
     del got, want
-    eight = torch.full((groups, n), 8, dtype=torch.uint8)
+    eight = torch.full((groups, n), SYMMETRIC_ZERO, dtype=torch.uint8)
     pairs = {
-        "scales": (dst.read(f"{name}.scales"), src.read(f"{name}.scales")),
+        "scales": (dst.read(f"{name}.scales"), source.scales()),
         "zeros": (
             dst.read(zeros_name) if zeros_name in dst.tensors else eight,
-            want_zeros,
+            eight if want_zeros is None else want_zeros,
         ),
     }
-    bias = f"{name}.bias"
-    if (bias in src.tensors) != (bias in dst.tensors):
-        yield f"{name}: bias is {'missing' if bias in src.tensors else 'not in the source'}"
-    elif bias in src.tensors:
-        stored = dst.read(bias)
-        pairs["bias"] = (stored, src.read(bias).to(stored.dtype))
+    bias, stored_bias = source.bias(), f"{name}.bias"
+    if (bias is not None) != (stored_bias in dst.tensors):
+        yield f"{name}: bias is {'not in the source' if bias is None else 'missing'}"
+    elif bias is not None:
+        stored = dst.read(stored_bias)
+        pairs["bias"] = (stored, bias.to(stored.dtype))
     for leaf, (found, expected) in pairs.items():
         at = _first_difference(found, expected)
         if at is not None:
@@ -139,18 +137,13 @@ def _other_differences(name: str, src: Checkpoint, dst: Checkpoint) -> Iterator[
             position += len(ours)
 
 
-def _shape_of(layer: Layer) -> PackedShape:
-    size = layer.settings.group_size
-    return PackedShape(layer.in_features, layer.out_features, size, layer.sparse)
-
-
 def _structure(found: Survey, dst: Checkpoint, modules: dict[str, PackedShape]) -> Iterator[str]:
     """Layers and tensors that are in one of the two only, or of other sizes."""
     for name, layer in found.layers.items():
         if name not in modules:
             yield f"{name}: quantized in the source, not listed in the converted config"
-        elif modules[name] != _shape_of(layer):
-            yield f"{name}: config says {modules[name]}, want {_shape_of(layer)}"
+        elif modules[name] != layer.shape:
+            yield f"{name}: config says {modules[name]}, want {layer.shape}"
     yield from (
         f"{name}: not a quantized layer of the source"
         for name in modules
@@ -169,8 +162,11 @@ def _chosen_dtype(src: Checkpoint, dst: Checkpoint) -> torch.dtype | None:
     """The ``--dtype`` of the conversion: it matters only where the source's scales are float32, or
     a bias has another dtype than they.
     """
+    leaves = source_format(src).scale_leaves
     scales = {
-        n.rpartition(".")[0]: t.dtype for n, t in src.tensors.items() if n.endswith(".scales")
+        name.rpartition(".")[0]: info.dtype
+        for name, info in src.tensors.items()
+        if name.rpartition(".")[2] in leaves
     }
     biases = {f"{name}.bias": dtype for name, dtype in scales.items()}
     if "F32" not in scales.values() and not any(
@@ -201,12 +197,12 @@ def verify(dst: str | Path, src: str | Path, *, progress: bool = True) -> Verify
     for name, layer in tqdm(
         found.layers.items(), desc="verifying", unit="layer", disable=silent, leave=False
     ):
-        if modules.get(name) != _shape_of(layer):
+        if modules.get(name) != layer.shape:
             differences = ["its sizes differ"]
         else:
-            differences = list(_differences(name, source, converted, layer.settings, modules[name]))
+            differences = list(_differences(layer.source, converted, modules[name]))
             mismatches += differences
-        weights = layer.in_features * layer.out_features
+        weights = layer.source.in_features * layer.source.out_features
         layers.append(LayerResult(name, weights, differences[0] if differences else None))
     for name in found.others:
         mismatches += _other_differences(name, source, converted)

@@ -1,10 +1,11 @@
-"""Small synthetic GPTQ checkpoints for the tests, and what they hold, written by the safetensors
-library itself.
+"""Small synthetic checkpoints for the tests, and what they hold, written by the safetensors library
+itself: GPTQ, AWQ.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import reference
 import torch
 from operands import random_24
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 
 @dataclass
@@ -124,6 +125,31 @@ def gptq_config(group_size: int = 32, **changes: Any) -> dict[str, Any]:
     return {"model_type": "tiny", "hidden_size": 64, "quantization_config": quantization}
 
 
+def awq_tensors(layer: GptqLayer) -> dict[str, Tensor]:
+    """The tensors that an AWQ checkpoint stores for a layer."""
+    tensors = {
+        "qweight": reference.awq_pack(layer.q),
+        "qzeros": reference.awq_pack(layer.zeros.T),  # outputs are packed as in a weight
+        "scales": layer.scales,
+    }
+    return tensors if layer.bias is None else {**tensors, "bias": layer.bias}
+
+
+def awq_config(group_size: int = 32, **changes: Any) -> dict[str, Any]:
+    """A ``config.json`` of an AWQ model, changed as by :func:`gptq_config`."""
+    quantization = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+        **changes,
+    }
+    quantization = {key: value for key, value in quantization.items() if value is not None}
+    return {"model_type": "tiny", "hidden_size": 64, "quantization_config": quantization}
+
+
 def default_layers() -> dict[str, GptqLayer]:
     """Three layers: plain, with bias, and with sizes that are not multiples of 64."""
     return {
@@ -131,6 +157,44 @@ def default_layers() -> dict[str, GptqLayer]:
         "model.layers.0.down": make_layer(96, 64, bias=True, seed=2),
         "model.layers.1.up": make_layer(72, 40, seed=3),
     }
+
+
+class Tiny(nn.Module):
+    """A model with a tied head, a buffer, and the layers of ``default_layers``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed = nn.Embedding(50, 64)
+        self.model.norm = nn.LayerNorm(64, bias=False)
+        self.model.register_buffer("step", torch.tensor(0))
+        self.model.register_buffer("mask", torch.zeros(3, dtype=torch.bool))
+        first, second = nn.Module(), nn.Module()
+        first.up, first.down = nn.Linear(64, 96, bias=False), nn.Linear(96, 64)
+        second.up = nn.Linear(72, 40, bias=False)
+        self.model.layers = nn.ModuleList([first, second])
+        self.head = nn.Linear(64, 50, bias=False)
+        self.head.weight = self.model.embed.weight
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        first, second = self.model.layers
+        x = self.model.norm(self.model.embed(tokens).to(self.model.norm.weight.dtype)).to(dtype)
+        x = first.down(torch.relu(first.up(x)))
+        x = second.up(torch.cat([x, x[..., :8]], -1)).float()
+        return x @ self.head.weight[:, :40].float().T
+
+
+def dequantized(source: Source) -> Tiny:
+    """The model with the checkpoint's weights in fp32, integers times scales, never packed."""
+    model = Tiny()
+    state = {name: tensor.clone() for name, tensor in source.others.items()}
+    state["head.weight"] = state["model.embed.weight"]
+    for name, layer in source.layers.items():
+        state[f"{name}.weight"] = layer.weight().float()
+        if layer.bias is not None:
+            state[f"{name}.bias"] = layer.bias
+    model.load_state_dict(state)
+    return model
 
 
 def write_checkpoint(
@@ -141,8 +205,12 @@ def write_checkpoint(
     version: int = 1,
     shards: int = 1,
     others: dict[str, Tensor] | None = None,
+    tensors_of: Callable[[GptqLayer], dict[str, Tensor]] | None = None,
 ) -> Source:
-    """Write a checkpoint; with several shards a layer's tensors are spread over them on purpose."""
+    """Write a checkpoint; with several shards a layer's tensors are spread over them on purpose.
+
+    ``tensors_of`` a layer are the tensors by leaf name; None: those of GPTQ.
+    """
     layers = default_layers() if layers is None else layers
     if others is None:
         random = torch.Generator().manual_seed(7)
@@ -154,7 +222,8 @@ def write_checkpoint(
         }
     tensors = {name: tensor.clone() for name, tensor in others.items()}
     for name, layer in layers.items():
-        tensors |= {f"{name}.{leaf}": t.clone() for leaf, t in gptq_tensors(layer, version).items()}
+        stored = gptq_tensors(layer, version) if tensors_of is None else tensors_of(layer)
+        tensors |= {f"{name}.{leaf}": t.clone() for leaf, t in stored.items()}
     if config is None:
         sizes = {layer.group_size for layer in layers.values()}
         config = gptq_config(sizes.pop(), checkpoint_format="gptq" if version == 1 else "gptq_v2")
@@ -192,10 +261,36 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 def read_all(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, by the safetensors library."""
-    from safetensors.torch import load_file
-
     return {
         name: t
         for file in sorted(directory.glob("*.safetensors"))
         for name, t in load_file(file).items()
     }
+
+
+def assert_holds(directory: Path, source: Source) -> None:
+    """The converted checkpoint has the source's weights, by the tests' own arithmetic, and its
+    other tensors.
+    """
+    tensors = read_all(directory)
+    modules = json.loads((directory / "config.json").read_text())["quantization_config"]["modules"]
+    assert set(modules) == set(source.layers)
+    for name, layer in source.layers.items():
+        n, k = layer.q.shape
+        assert modules[name] == {
+            "in_features": k,
+            "out_features": n,
+            "group_size": layer.group_size,
+        }
+        got = reference.dequantize64(
+            tensors.pop(f"{name}.qweight"),
+            tensors.pop(f"{name}.scales"),
+            tensors.pop(f"{name}.zeros", None),
+            tensors.pop(f"{name}.perm", None),
+            k,
+        )
+        assert torch.equal(got, layer.weight()), name
+        if layer.bias is not None:
+            assert torch.equal(tensors.pop(f"{name}.bias"), layer.bias)
+    assert set(tensors) == set(source.others)
+    assert all(torch.equal(tensors[name], want) for name, want in source.others.items())

@@ -19,7 +19,7 @@ import reference
 import torch
 from checkpoints import (
     GptqLayer,
-    Source,
+    assert_holds,
     gptq_config,
     make_layer,
     pack_zeros,
@@ -38,34 +38,6 @@ from marlin.verify import verify
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path(__file__).parent / "data" / "demo"
-
-
-def assert_holds(directory: Path, source: Source) -> None:
-    """The converted checkpoint has the source's weights, by the tests' own arithmetic, and its
-    other tensors.
-    """
-    tensors = read_all(directory)
-    modules = json.loads((directory / "config.json").read_text())["quantization_config"]["modules"]
-    assert set(modules) == set(source.layers)
-    for name, layer in source.layers.items():
-        n, k = layer.q.shape
-        assert modules[name] == {
-            "in_features": k,
-            "out_features": n,
-            "group_size": layer.group_size,
-        }
-        got = reference.dequantize64(
-            tensors.pop(f"{name}.qweight"),
-            tensors.pop(f"{name}.scales"),
-            tensors.pop(f"{name}.zeros", None),
-            tensors.pop(f"{name}.perm", None),
-            k,
-        )
-        assert torch.equal(got, layer.weight()), name
-        if layer.bias is not None:
-            assert torch.equal(tensors.pop(f"{name}.bias"), layer.bias)
-    assert set(tensors) == set(source.others)
-    assert all(torch.equal(tensors[name], want) for name, want in source.others.items())
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import (
     Source,
+    Tiny,
     gptq_config,
     make_layer,
     read_all,
@@ -24,24 +25,6 @@ from marlin.formats.checkpoint import CheckpointError
 
 class Special(nn.Linear):
     pass
-
-
-class Tiny(nn.Module):
-    """A model with a tied head, a buffer, and the layers of ``default_layers``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = nn.Module()
-        self.model.embed = nn.Embedding(50, 64)
-        self.model.norm = nn.LayerNorm(64, bias=False)
-        self.model.register_buffer("step", torch.tensor(0))
-        self.model.register_buffer("mask", torch.zeros(3, dtype=torch.bool))
-        first, second = nn.Module(), nn.Module()
-        first.up, first.down = nn.Linear(64, 96, bias=False), nn.Linear(96, 64)
-        second.up = nn.Linear(72, 40, bias=False)
-        self.model.layers = nn.ModuleList([first, second])
-        self.head = nn.Linear(64, 50, bias=False)
-        self.head.weight = self.model.embed.weight
 
 
 class TestLoad:

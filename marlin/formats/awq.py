@@ -20,6 +20,7 @@ from marlin.formats.packed import (
     GROUP_SIZES,
     SYMMETRIC_ZERO,
     PackedWeight,
+    bias_problems,
     cast_exactly,
     describe,
     group_size_of,
@@ -47,6 +48,14 @@ class AwqConfig:
     zero_point: bool
     modules_to_not_convert: tuple[str, ...]
 
+    def excluding(self, module: str) -> str | None:
+        """The entry of ``modules_to_not_convert`` that is a whole part of the name, or None.
+
+        Tools differ on entries that are part of a word, as ``gate`` is of ``gate_proj``: the
+        tensors say what became of such a module.
+        """
+        return next((e for e in self.modules_to_not_convert if f".{e}." in f".{module}."), None)
+
 
 def parse_awq_config(config: Mapping[str, Any]) -> AwqConfig:
     """Read ``quantization_config`` of a ``config.json``, or an older ``quant_config.json``.
@@ -58,12 +67,23 @@ def parse_awq_config(config: Mapping[str, Any]) -> AwqConfig:
     method = config.get("quant_method", "awq")
     if method != "awq":
         problems.append(f"quant_method: got {method!r}; this reader takes 'awq' only")
-    version = config.get("version", "gemm")
-    if not isinstance(version, str) or version.lower() != "gemm":
-        reason = OTHER_VERSIONS.get(str(version).lower(), "not known here")
+    for key in ("version", "checkpoint_format", "format"):  # the last two are GPTQModel's names
+        version = config.get(key, "gemm")
+        if not isinstance(version, str) or version.lower() != "gemm":
+            reason = OTHER_VERSIONS.get(str(version).lower(), "not known here")
+            problems.append(
+                f"{key}: got {version!r} ({reason}); only 'gemm' is read; quantise the model again "
+                "with version='GEMM', or take such a copy of it"
+            )
+    if config.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
         problems.append(
-            f"version: got {version!r} ({reason}); only 'gemm' is read; quantise the model again "
-            "with version='GEMM', or take such a copy of it"
+            f"pack_dtype: got {config['pack_dtype']!r}; only int32 words are read; quantise the "
+            "model again with these"
+        )
+    if config.get("dynamic"):
+        problems.append(
+            "dynamic: got settings of single modules, which are read for GPTQ only; quantise the "
+            "model again with one setting for all"
         )
     bits = config.get("bits", config.get("w_bit"))
     if type(bits) is not int or bits != 4:
@@ -91,6 +111,33 @@ def parse_awq_config(config: Mapping[str, Any]) -> AwqConfig:
     if problems:
         raise CheckpointError(problems, where="AWQ quantization_config")
     return AwqConfig(group_size, zero_point, tuple(excluded))
+
+
+def read_awq_config(places: Mapping[str, Mapping[str, Any] | None]) -> AwqConfig:
+    """The settings of a checkpoint that may have them in several files: file -> settings or None.
+
+    Raises:
+        CheckpointError: listing every setting that cannot be read or that differs between them.
+    """
+    found = {
+        file: parse_awq_config(config) for file, config in places.items() if config is not None
+    }
+    (first, settings), *others = found.items()
+    problems = [
+        f"{first} and {file} disagree on {key}: {ours!r} and {theirs!r}; remove the file, or "
+        "correct the one that is wrong"
+        for file, other in others
+        for key in ("group_size", "zero_point")
+        if (ours := getattr(settings, key)) != (theirs := getattr(other, key))
+    ]
+    if problems:
+        raise CheckpointError(problems)
+    return settings
+
+
+def unpack_weight(qweight: Tensor) -> Tensor:
+    """AWQ ``qweight`` int32 ``[K, N/8]`` -> the integers, uint8 ``[N, K]``."""
+    return unpack_zeros(qweight).T.contiguous()
 
 
 def unpack_zeros(qzeros: Tensor) -> Tensor:
@@ -126,7 +173,7 @@ def pack_awq(
         CheckpointError: listing every shape or dtype that does not fit, or a scale that is not
             finite.
     """
-    groups = _check_layout(qweight, qzeros, scales, layer)
+    groups = check_layout(qweight, qzeros, scales, layer)
     in_features, out_features = qweight.size(0), 8 * qweight.size(1)
     group_size_of(in_features, groups, layer)
     kept = cast_exactly(scales, dtype, layer, "scales")
@@ -137,8 +184,14 @@ def pack_awq(
     return PackedWeight(packed, kept, zeros, None, in_features, out_features)
 
 
-def _check_layout(qweight: Tensor, qzeros: Tensor | None, scales: Tensor, layer: str) -> int:
-    """The number of groups, once every shape and dtype fits the others."""
+def check_layout(
+    qweight: Tensor,
+    qzeros: Tensor | None,
+    scales: Tensor,
+    layer: str,
+    bias: Tensor | None = None,
+) -> int:
+    """The number of groups, once every shape and dtype fits the others; values are not read."""
     prefix = label(layer)
     problems = []
     if qweight.dtype != torch.int32 or qweight.dim() != 2 or qweight.numel() == 0:
@@ -165,6 +218,7 @@ def _check_layout(qweight: Tensor, qzeros: Tensor | None, scales: Tensor, layer:
             f"{prefix}qzeros: got {describe(qzeros)}; it must be int32 [{groups}, {words}], a row "
             "per group and a word per 8 output features; pass None for symmetric weights"
         )
+    problems += bias_problems(bias, 8 * words, layer)
     others = {"scales": scales} | ({} if qzeros is None else {"qzeros": qzeros})
     problems += [
         f"{prefix}{name}: got a tensor on {tensor.device}; qweight is on {qweight.device} and all "

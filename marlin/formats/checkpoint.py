@@ -22,7 +22,9 @@ CHUNK_BYTES = 1 << 24
 class Checkpoint:
     """An opened checkpoint: headers and configuration are in memory, tensors are not.
 
-    ``tensors`` is in reading order: by file name, then by position in the file.
+    ``quantize_config`` and ``quant_config`` are the JSON files in which GPTQ and AWQ tools keep
+    their settings, or None. ``tensors`` is in reading order: by file name, then by position in the
+    file.
     """
 
     directory: Path
@@ -30,6 +32,7 @@ class Checkpoint:
     quantize_config: dict[str, Any] | None
     tensors: dict[str, TensorInfo]
     files: list[str] = field(default_factory=list)
+    quant_config: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, directory: str | Path) -> Checkpoint:
@@ -43,21 +46,24 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"cannot be listed: {error.strerror}", where=root) from error
         problems: list[str] = []
-        config: dict[str, Any] = {}
-        quantize_config: dict[str, Any] | None = None
-        try:
-            config = read_json(root / "config.json")
-        except CheckpointError as error:
-            problems += error.refusals
-        if "quantize_config.json" in names:
-            try:
-                quantize_config = read_json(root / "quantize_config.json")
-            except CheckpointError as error:
-                problems += error.refusals
+        configs: dict[str, dict[str, Any]] = {}
+        for file in ("config.json", "quantize_config.json", "quant_config.json"):
+            if file == "config.json" or file in names:
+                try:
+                    configs[file] = read_json(root / file)
+                except CheckpointError as error:
+                    problems += error.refusals
         tensors, files, found = _open_files(root, names)
         if problems or found:
             raise CheckpointError(problems + found, where=root)
-        return cls(root, config, quantize_config, tensors, files)
+        return cls(
+            root,
+            configs["config.json"],
+            configs.get("quantize_config.json"),
+            tensors,
+            files,
+            configs.get("quant_config.json"),
+        )
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU; raises :class:`CheckpointError` if it cannot be read."""
@@ -73,6 +79,13 @@ class Checkpoint:
         if not data:
             return torch.empty(info.shape, dtype=dtype)
         return torch.frombuffer(data, dtype=dtype).view(info.shape)
+
+    def outline(self, name: str) -> Tensor:
+        """A meta tensor of the dtype and shape of this one; nothing is read."""
+        info = self.tensors[name]
+        if info.torch_dtype is None:
+            raise CheckpointError(f"tensor {name!r} is {info.dtype}, which this torch cannot hold")
+        return torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
 
     def read_bytes(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """The bytes of one tensor in chunks of at most ``chunk_bytes``."""

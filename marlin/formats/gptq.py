@@ -9,7 +9,6 @@ weight is ``(q - zero) * scale``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from marlin.formats.packed import (
     COMPUTE_DTYPES,
     SYMMETRIC_ZERO,
     PackedWeight,
+    Parameters,
     cast_bias,
     cast_exactly,
     group_count,
@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 REQUIRED = ("qweight", "qzeros", "scales", "g_idx")
+LEAVES = (*REQUIRED, "bias")
 
 
 class TensorSpec(NamedTuple):
@@ -49,20 +50,6 @@ class TensorSpec(NamedTuple):
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """All of a layer but its weight.
-
-    scales [G, N]; zeros uint8 [G, N], None when all are 8; perm int32 [K], None when the features
-    are in the order of their groups; bias [N] or None.
-    """
-
-    scales: Tensor
-    zeros: Tensor | None
-    perm: Tensor | None
-    bias: Tensor | None
 
 
 def layout_problems(

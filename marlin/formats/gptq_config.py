@@ -44,9 +44,9 @@ OTHER_FORMATS = {
     "llm-awq": "an AWQ packing",
 }
 OTHER_METHODS = {
-    "awq": "AWQ packs along the output features",
+    "awq": "which belongs into quantization_config in config.json",
     "marlin": OTHER_FORMATS["marlin"],  # without a format_version, which this package's own has
-    "compressed-tensors": "compressed-tensors has its own layout",
+    "compressed-tensors": "which belongs into quantization_config in config.json",
 }
 
 
@@ -113,7 +113,7 @@ def _settings(values: Mapping[str, Any], carry: bool, where: str) -> tuple[GptqS
         )
         if method == "marlin" and "format_version" in values:
             reason = "it is in this package's own format already"
-        problems.append(f"{where}: quant_method is {method!r} ({reason}); only gptq is converted")
+        problems.append(f"{where}: quant_method is {method!r} ({reason}); gptq is read here")
     packing = values.get("checkpoint_format", "gptq")
     if packing not in ("gptq", "gptq_v2"):
         reason = (
@@ -210,7 +210,9 @@ def parse_gptq_config(
         found = _normalized(source, where, problems)
         if "quant_method" not in found and ("zero_point" in source or "version" in source):
             problems.append(
-                f"{where}: zero_point and version are AWQ's keys; only gptq is converted"
+                f"{where}: zero_point and version are AWQ's keys, but there is no quant_method; if "
+                "this is an AWQ checkpoint, set quant_method to 'awq' in config.json's "
+                "quantization_config"
             )
         problems += [
             f"config.json and quantize_config.json disagree on {key}: {values[key]!r} and {value!r}"

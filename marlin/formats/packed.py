@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,20 @@ class PackedWeight(NamedTuple):
     out_features: int
     bias: Tensor | None = None
     places: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """All of a layer but its weight.
+
+    scales [G, N]; zeros uint8 [G, N], None when all are 8; perm int32 [K], None when the features
+    are in the order of their groups; bias [N] or None.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+    bias: Tensor | None
 
 
 def operands(
@@ -111,6 +126,16 @@ def group_size_of(in_features: int, groups: int, layer: str = "") -> int:
 
 
 DTYPE_OPTION = "--dtype float16 or --dtype bfloat16"
+
+
+def bias_problems(bias: Tensor | None, out_features: int, layer: str = "") -> list[str]:
+    """What is wrong with the shape and dtype of a bias."""
+    if bias is None or (bias.shape == (out_features,) and bias.is_floating_point()):
+        return []
+    return [
+        f"{label(layer)}bias: got {describe(bias)}; it must be float [{out_features}], one for "
+        "each output feature; the tensors are not of one layer"
+    ]
 
 
 def cast_bias(

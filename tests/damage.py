@@ -1,0 +1,101 @@
+"""Ways to damage a checkpoint on disk, as functions of its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from checkpoints import write_tensors
+from safetensors.torch import load_file
+from torch import Tensor
+
+Damage = Callable[[Path], None]
+
+
+def weights(root: Path) -> Path:
+    return root / "model.safetensors"
+
+
+def truncate(size: int) -> Damage:
+    """Keep ``size`` bytes, or all but the last ``-size``."""
+
+    def damage(root: Path) -> None:
+        data = weights(root).read_bytes()
+        weights(root).write_bytes(data[:size])
+
+    return damage
+
+
+def patch(position: int, data: bytes) -> Damage:
+    def damage(root: Path) -> None:
+        old = weights(root).read_bytes()
+        weights(root).write_bytes(old[:position] + data + old[position + len(data) :])
+
+    return damage
+
+
+def header(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """Rewrite the JSON header; ``change`` edits it or returns its new text."""
+
+    def damage(root: Path) -> None:
+        data = weights(root).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8 : 8 + length])
+        text = change(entries)
+        text = text if isinstance(text, bytes) else json.dumps(entries).encode()
+        weights(root).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+    return damage
+
+
+def tensors(change: Callable[[dict[str, Tensor]], Any], shards: int = 1) -> Damage:
+    def damage(root: Path) -> None:
+        found = load_file(weights(root))
+        change(found)
+        weights(root).unlink()
+        write_tensors(root, {name: t.clone().contiguous() for name, t in found.items()}, shards)
+
+    return damage
+
+
+def put(name: str, make: Callable[[Tensor], Tensor]) -> Damage:
+    return tensors(lambda found: found.update({name: make(found[name])}))
+
+
+def poke(name: str, at: tuple[int, ...], value: float) -> Damage:
+    return tensors(lambda found: found[name].__setitem__(at, value))
+
+
+def text(file: str, content: str | bytes) -> Damage:
+    def damage(root: Path) -> None:
+        data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+        (root / file).write_bytes(data)
+
+    return damage
+
+
+def remove(file: str) -> Damage:
+    return lambda root: (root / file).unlink()
+
+
+def sharded(change: Callable[[Path, dict[str, str]], Any]) -> Damage:
+    """Split the checkpoint in three, let ``change`` edit the folder and the weight map."""
+
+    def damage(root: Path) -> None:
+        tensors(lambda found: None, 3)(root)
+        path = root / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(root, index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return damage
+
+
+def several(*damages: Damage) -> Damage:
+    def damage(root: Path) -> None:
+        for each in damages:
+            each(root)
+
+    return damage
