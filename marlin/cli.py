@@ -188,9 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("convert", help="convert a quantized checkpoint")
-    command.add_argument(
-        "src", metavar="SRC", help="folder of the checkpoint; it is not changed"
-    )
+    command.add_argument("src", metavar="SRC", help="folder of the checkpoint; it is not changed")
     command.add_argument(
         "dst", metavar="DST", help="folder to create; it must not exist, or be empty"
     )

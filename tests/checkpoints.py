@@ -1,5 +1,5 @@
 """Small synthetic checkpoints for the tests, and what they hold, written by the safetensors library
-itself: GPTQ, AWQ.
+itself: GPTQ, AWQ, compressed-tensors.
 """
 
 from __future__ import annotations
@@ -147,6 +147,75 @@ def awq_config(group_size: int = 32, **changes: Any) -> dict[str, Any]:
         **changes,
     }
     quantization = {key: value for key, value in quantization.items() if value is not None}
+    return {"model_type": "tiny", "hidden_size": 64, "quantization_config": quantization}
+
+
+def pack_rows(q: Tensor) -> Tensor:
+    """uint8 [rows, columns] -> int32 [rows, ceil(columns/8)], nibble i of a word at bit 4i."""
+    padded = torch.nn.functional.pad(q.long(), (0, -q.size(1) % 8)).view(q.size(0), -1, 8)
+    words = (padded << (4 * torch.arange(8))).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def ct_tensors(
+    layer: GptqLayer, *, zeros: str = "packed", order: str = "if needed"
+) -> dict[str, Tensor]:
+    """The tensors that a ``pack-quantized`` checkpoint of compressed-tensors stores for a layer.
+
+    ``zeros``: packed, int8 (as older versions stored them), or none, for a symmetric layer.
+    ``order``: weight_g_idx if the layer has an order, always, never, or one that is not set (-1).
+    """
+    n, k = layer.q.shape
+    in_order = torch.equal(layer.g_idx.sort().values, layer.g_idx)
+    tensors = {
+        "weight_packed": pack_rows(layer.q),
+        "weight_scale": layer.scales.T.contiguous(),
+        "weight_shape": torch.tensor([n, k]),
+    }
+    if zeros == "packed":
+        tensors["weight_zero_point"] = pack_rows(layer.zeros).T.contiguous()
+    elif zeros == "int8":
+        tensors["weight_zero_point"] = (layer.zeros.T.int() - 8).to(torch.int8).contiguous()
+    if order == "unset":
+        tensors["weight_g_idx"] = torch.full_like(layer.g_idx, -1)
+    elif order == "always" or (order == "if needed" and not in_order):
+        tensors["weight_g_idx"] = layer.g_idx
+    return tensors if layer.bias is None else {**tensors, "bias": layer.bias}
+
+
+def ct_config(group_size: int = 32, **changes: Any) -> dict[str, Any]:
+    """A ``config.json`` of compressed-tensors; ``changes`` go to the settings of its one group's
+    weights or, where they are called so, to the group or to the whole.
+    """
+    weights: dict[str, Any] = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+        "actorder": None,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+    group: dict[str, Any] = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+    }
+    quantization: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": 1.9,
+        "version": "0.9.4",
+    }
+    for key, value in changes.items():
+        place = next((p for p in (quantization, group) if key in p), weights)
+        place[key] = value
     return {"model_type": "tiny", "hidden_size": 64, "quantization_config": quantization}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from checkpoints import pack_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,13 +18,6 @@ from marlin.formats.compressed_tensors import (
     parse_compressed_tensors_config,
     unpack_nibbles,
 )
-
-
-def pack_rows(q: Tensor) -> Tensor:
-    """uint8 [rows, columns] -> int32 [rows, ceil(columns/8)], nibble i of a word at bit 4i."""
-    padded = torch.nn.functional.pad(q.long(), (0, -q.size(1) % 8)).view(q.size(0), -1, 8)
-    words = (padded << (4 * torch.arange(8))).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
 def make_tensors(

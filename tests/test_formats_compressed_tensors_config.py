@@ -79,19 +79,52 @@ def test_config_targets() -> None:
     other["targets"] = ["re:.*down_proj", "model.head"]
     other["weights"]["group_size"] = 32
     config["config_groups"]["group_1"] = other
+    exact = copy.deepcopy(other)
+    exact["targets"] = ["b.down_proj"]
+    exact["weights"]["group_size"] = 64
+    config["config_groups"]["group_2"] = exact
     found = parse_compressed_tensors_config(config)
+    assert found.ignores("a.gate")
+    assert not found.ignores("a.gate_proj")
     sizes = {name: group and group.group_size for name in
-             ("a.q_proj", "a.down_proj", "model.head", "model.heads", "a.gate", "model.embed")
+             ("a.q_proj", "a.down_proj", "b.down_proj", "model.head", "model.heads", "a.gate",
+              "model.embed")
              for group in [found.group_of(name)]}  # fmt: skip
-    assert sizes == {"a.q_proj": 128, "a.down_proj": 32, "model.head": 32, "model.heads": 128,
-                     "a.gate": None, "model.embed": None}  # fmt: skip
+    assert sizes == {"a.q_proj": 128, "a.down_proj": 32, "b.down_proj": 64, "model.head": 32,
+                     "model.heads": 128, "a.gate": None, "model.embed": None}  # fmt: skip
+
+
+def test_config_formats() -> None:
+    config = changed("format", "marlin-24")
+    assert parse_compressed_tensors_config(config).groups[0].format == "marlin-24"
+    config["config_groups"]["group_0"]["format"] = "pack-quantized"
+    assert parse_compressed_tensors_config(config).groups[0].format == "pack-quantized"
+    config["format"] = "mixed-precision"
+    assert parse_compressed_tensors_config(config).groups[0].format == "pack-quantized"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("group_size", 64, "weights.group_size: got 64; 'marlin-24' has groups of 128"),
+        ("symmetric", False, "weights.symmetric: got false; 'marlin-24' stores no zero points"),
+        ("actorder", "group", "weights.actorder: got 'group'; 'marlin-24' stores no order"),
+    ],
+)
+def test_what_the_sparse_format_cannot_hold(key: str, value: Any, reason: str) -> None:
+    config = changed(f".weights.{key}", value)
+    parse_compressed_tensors_config(config)
+    config["format"] = "marlin-24"
+    with pytest.raises(CheckpointError) as caught:
+        parse_compressed_tensors_config(config)
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("path", "value", "parts"),
     [
         ("quant_method", "gptq", ("quant_method: got 'gptq'",)),
-        ("format", "marlin-24", ("format: got 'marlin-24' (2:4 sparse", "'pack-quantized'")),
+        ("format", "mixed-precision", ("not every one names its own",)),
         ("format", "float-quantized", ("format: got 'float-quantized' (8-bit floats)",)),
         ("format", "int-quantized", ("format: got 'int-quantized' (8-bit integers",)),
         ("format", "naive-quantized", ("format: got 'naive-quantized'",)),
@@ -99,7 +132,7 @@ def test_config_targets() -> None:
         ("format", "dense", ("not compressed",)),
         ("format", "future", ("format: got 'future' (not known here)",)),
         ("format", None, ("format: got None",)),
-        (".format", "marlin-24", ("config_groups.group_0.format: got 'marlin-24'",)),
+        (".format", "int-quantized", ("config_groups.group_0.format: got 'int-quantized'",)),
         (".weights.num_bits", 8, ("config_groups.group_0.weights.num_bits: got 8", "4-bit")),
         (".weights.num_bits", None, ("num_bits: got None",)),
         (".weights.type", "float", ("weights.type: got 'float'",)),
@@ -122,6 +155,7 @@ def test_config_targets() -> None:
         ("config_groups", None, ("config_groups: got None",)),
         ("config_groups", {"W4A16": ["Linear"]}, ("config_groups.W4A16: got ['Linear']", "preset")),
         ("ignore", "lm_head", ("ignore: got 'lm_head'",)),
+        ("kv_cache_scheme", {"num_bits": 8}, ("kv_cache_scheme:", "W4A16", "no kv_cache_scheme")),
         ("sparsity_config", {"format": "sparse-24-bitmask"}, ("sparsity_config:", "twice")),
         ("transform_config", {"config_groups": {"u": {}}}, ("transform_config:", "QuIP")),
     ],

@@ -30,9 +30,8 @@ class AwqLayer(SourceLayer):
     def zeros(self) -> Tensor | None:
         return unpack_zeros(self.read("qzeros")) if self.has("qzeros") else None
 
-    def packed_weight(self, perm: Tensor | None) -> Tensor:
-        qweight: Tensor = torch.ops.marlin.repack_awq(self.read("qweight"))
-        return qweight
+    def packed_weight(self, perm: Tensor | None) -> tuple[Tensor, None]:
+        return torch.ops.marlin.repack_awq(self.read("qweight")), None
 
 
 class AwqFormat(SourceFormat):

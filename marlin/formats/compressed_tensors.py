@@ -77,27 +77,34 @@ def pack_compressed_tensors(
         CheckpointError: a shape, dtype or value does not fit; the message names the tensor, what
             was got, the rule and the fix.
     """
-    n, k = _read_shape(weight_shape, layer)
-    _check_layout(weight_packed, weight_scale, n, k, layer)
+    n, k = read_shape(weight_shape, layer)
+    check_layout(weight_packed, weight_scale, n, k, layer)
     optional = {"weight_zero_point": weight_zero_point, "weight_g_idx": weight_g_idx}
     _check_devices(weight_packed, {"weight_scale": weight_scale, **optional}, layer)
     group_size = group_size_of(k, weight_scale.size(1), layer)
     scales = cast_exactly(weight_scale.T, dtype, layer, "weight_scale")
     zeros = None
     if weight_zero_point is not None:
-        zeros = _read_zeros(weight_zero_point, n, weight_scale.size(1), layer)
+        zeros = read_zeros(weight_zero_point, n, weight_scale.size(1), layer)
     perm = None
     if weight_g_idx is not None:
-        perm = _read_g_idx(weight_g_idx, k, group_size, layer)
+        perm = read_order(weight_g_idx, k, group_size, layer)
+    return PackedWeight(pack_codes(weight_packed, k, perm), scales, zeros, perm, k, n)
+
+
+def pack_codes(weight_packed: Tensor, k: int, perm: Tensor | None) -> Tensor:
+    """``PackedWeight.qweight`` of ``weight_packed``, the features in the order ``perm``."""
+    packed: Tensor
     if k % 8 == 0:  # the transposed grid of words is that of a GPTQ layer: no need to unpack
-        qweight: Tensor = torch.ops.marlin.repack_gptq(weight_packed.T.contiguous(), perm)
+        packed = torch.ops.marlin.repack_gptq(weight_packed.T.contiguous(), perm)
     else:
         q = unpack_nibbles(weight_packed, k)
-        qweight = torch.ops.marlin.pack((q if perm is None else q[:, perm.long()]).contiguous())
-    return PackedWeight(qweight, scales, zeros, perm, k, n)
+        packed = torch.ops.marlin.pack((q if perm is None else q[:, perm.long()]).contiguous())
+    return packed
 
 
-def _read_shape(weight_shape: Tensor | Sequence[int], layer: str) -> tuple[int, int]:
+def read_shape(weight_shape: Tensor | Sequence[int], layer: str) -> tuple[int, int]:
+    """N and K."""
     if isinstance(weight_shape, Tensor):
         integer = not (weight_shape.is_floating_point() or weight_shape.is_complex())
         values = weight_shape.tolist() if integer and weight_shape.dim() == 1 else []
@@ -112,7 +119,8 @@ def _read_shape(weight_shape: Tensor | Sequence[int], layer: str) -> tuple[int, 
     return values[0], values[1]
 
 
-def _check_layout(packed: Tensor, scale: Tensor, n: int, k: int, layer: str) -> None:
+def check_layout(packed: Tensor, scale: Tensor, n: int, k: int, layer: str) -> None:
+    """Refuse shapes and dtypes that do not fit; values are not read."""
     words = -(-k // 8)
     problems = []
     if packed.dtype != torch.int32 or packed.shape != (n, words):
@@ -143,7 +151,7 @@ def _check_devices(packed: Tensor, others: dict[str, Tensor | None], layer: str)
         raise CheckpointError(problems)
 
 
-def _read_zeros(zero_point: Tensor, n: int, groups: int, layer: str) -> Tensor | None:
+def read_zeros(zero_point: Tensor, n: int, groups: int, layer: str) -> Tensor | None:
     """True zero points 0..15, uint8 ``[G, N]``; None where all are 8."""
     if zero_point.dtype == torch.int32 and zero_point.shape == (-(-n // 8), groups):
         zeros = unpack_nibbles(zero_point.T, n)
@@ -164,7 +172,8 @@ def _read_zeros(zero_point: Tensor, n: int, groups: int, layer: str) -> Tensor |
     return None if bool((zeros == SYMMETRIC_ZERO).all()) else zeros.contiguous()
 
 
-def _read_g_idx(g_idx: Tensor, k: int, group_size: int, layer: str) -> Tensor | None:
+def read_order(g_idx: Tensor, k: int, group_size: int, layer: str) -> Tensor | None:
+    """The order of the features that sorts them by group, int32 ``[K]``; None: they are sorted."""
     if g_idx.shape != (k,) or g_idx.is_floating_point() or g_idx.is_complex():
         raise CheckpointError(
             f"{label(layer)}weight_g_idx: got {describe(g_idx)}; it must be integers [{k}], the "

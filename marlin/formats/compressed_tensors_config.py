@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.packed import GROUP_SIZES
 
+PACKED, SPARSE = "pack-quantized", "marlin-24"  # the formats that are read
+SPARSE_GROUP = 128  # the one size of groups in marlin-24
 OTHER_FORMATS = {
     "dense": "its weights are not compressed",
     "fakequant": "its weights are stored unquantised",
@@ -18,8 +20,7 @@ OTHER_FORMATS = {
     "int-quantized": "8-bit integers, unpacked",
     "float-quantized": "8-bit floats",
     "naive-quantized": "one byte per weight",
-    "marlin-24": "2:4 sparse; MarlinLinear24.from_marlin_24 reads its tensors",
-    "mixed-precision": "its groups differ in format",
+    "mixed-precision": "its groups differ in format, and not every one names its own",
     "nvfp4-pack-quantized": "4-bit floats, not integers",
     "mxfp4-pack-quantized": "4-bit floats, not integers",
     "mxfp6-pack-quantized": "6-bit floats",
@@ -37,18 +38,27 @@ AGAIN = "quantise the model again with a W4A16 scheme"
 
 @dataclass(frozen=True)
 class WeightGroup:
-    """An entry of ``config_groups``: how its targets were quantised. ``group_size`` -1: channel."""
+    """An entry of ``config_groups``: how its targets were quantised. ``group_size`` -1: channel.
+
+    ``format``: ``pack-quantized``, or ``marlin-24``, which is 2:4 sparse.
+    """
 
     name: str
     group_size: int
     symmetric: bool
     actorder: str | None
     targets: tuple[str, ...]
+    format: str = PACKED
+
+    @property
+    def stores_order(self) -> bool:
+        """Whether the features of its layers are in another order than their groups."""
+        return self.actorder in ("group", "dynamic")  # "dynamic" is an alias
 
 
 @dataclass(frozen=True)
 class CompressedTensorsConfig:
-    """The settings of a checkpoint: every group is 4-bit integer, weight-only, pack-quantized."""
+    """The settings of a checkpoint: every group is 4-bit integer and weight-only."""
 
     groups: tuple[WeightGroup, ...]
     ignore: tuple[str, ...]
@@ -57,15 +67,21 @@ class CompressedTensorsConfig:
         """The group that the linear layer named ``module`` belongs to; None: left unquantised.
 
         A target or ignored name is an exact name, ``re:`` and a regular expression matched from
-        the start of the name, or the class name ``Linear``. An exact name or an expression wins
-        over the class.
+        the start of the name, or the class name ``Linear``. An exact name wins over an expression,
+        and that over the class.
         """
-        if any(_matches(module, pattern) for pattern in self.ignore):
+        if self.ignores(module):
             return None
-        for group in self.groups:
-            if any(_matches(module, target) for target in group.targets):
-                return group
-        return next((group for group in self.groups if "Linear" in group.targets), None)
+        found = (
+            *(group for group in self.groups if module in group.targets),
+            *(group for group in self.groups if any(_matches(module, t) for t in group.targets)),
+            *(group for group in self.groups if "Linear" in group.targets),
+        )
+        return found[0] if found else None
+
+    def ignores(self, module: str) -> bool:
+        """Whether ``ignore`` names the module."""
+        return any(_matches(module, pattern) for pattern in self.ignore)
 
 
 def parse_compressed_tensors_config(config: Mapping[str, Any]) -> CompressedTensorsConfig:
@@ -80,9 +96,14 @@ def parse_compressed_tensors_config(config: Mapping[str, Any]) -> CompressedTens
         problems.append(
             f"quant_method: got {method!r}; this reader takes 'compressed-tensors' only"
         )
-    _check_format(config.get("format"), "format", problems)
     _check_extras(config, problems)
     entries = config.get("config_groups")
+    outer = config.get("format")
+    each_has_its_own = isinstance(entries, Mapping) and all(
+        isinstance(scheme, Mapping) and scheme.get("format") for scheme in entries.values()
+    )
+    if not (outer == "mixed-precision" and each_has_its_own):
+        _check_format(outer, "format", problems)
     groups = []
     if not isinstance(entries, Mapping) or not entries:
         problems.append(
@@ -91,7 +112,7 @@ def parse_compressed_tensors_config(config: Mapping[str, Any]) -> CompressedTens
         )
     else:
         for name, scheme in entries.items():
-            group = _read_group(f"config_groups.{name}", name, scheme, problems)
+            group = _read_group(f"config_groups.{name}", name, scheme, outer, problems)
             if group is not None:
                 groups.append(group)
     ignore = _read_patterns(config.get("ignore") or (), "ignore", problems)
@@ -101,10 +122,10 @@ def parse_compressed_tensors_config(config: Mapping[str, Any]) -> CompressedTens
 
 
 def _check_format(value: Any, where: str, problems: list[str]) -> None:
-    if value != "pack-quantized":
+    if value not in (PACKED, SPARSE):
         reason = OTHER_FORMATS.get(str(value), "not known here")
         problems.append(
-            f"{where}: got {value!r} ({reason}); only 'pack-quantized' is read; {AGAIN}"
+            f"{where}: got {value!r} ({reason}); only {PACKED!r} and {SPARSE!r} are read; {AGAIN}"
         )
 
 
@@ -123,9 +144,16 @@ def _check_extras(config: Mapping[str, Any], problems: list[str]) -> None:
             "transform_config: got online transforms of the activations (as QuIP and SpinQuant "
             f"use); a linear layer alone does not apply them; {AGAIN} and no transforms"
         )
+    if config.get("kv_cache_scheme") is not None:
+        problems.append(
+            "kv_cache_scheme: got a quantised cache of keys and values, which linear layers know "
+            f"nothing of; {AGAIN} and no kv_cache_scheme"
+        )
 
 
-def _read_group(where: str, name: str, scheme: Any, problems: list[str]) -> WeightGroup | None:
+def _read_group(
+    where: str, name: str, scheme: Any, outer_format: Any, problems: list[str]
+) -> WeightGroup | None:
     if not isinstance(scheme, Mapping):
         problems.append(
             f"{where}: got {scheme!r}; it must be a scheme with weights and targets (a preset's "
@@ -145,7 +173,30 @@ def _read_group(where: str, name: str, scheme: Any, problems: list[str]) -> Weig
     if not isinstance(weights, Mapping):
         problems.append(f"{where}.weights: got {weights!r}; the weights must be quantised; {AGAIN}")
         return None
-    return _read_weights(f"{where}.weights", name, weights, targets, problems)
+    group = _read_weights(f"{where}.weights", name, weights, targets, problems)
+    if (scheme.get("format") or outer_format) != SPARSE:
+        return group
+    _check_sparse(f"{where}.weights", group, problems)
+    return replace(group, format=SPARSE)
+
+
+def _check_sparse(where: str, group: WeightGroup, problems: list[str]) -> None:
+    """Refuse what ``marlin-24`` has no place for: its writer would have lost it."""
+    if group.group_size not in (-1, SPARSE_GROUP):
+        problems.append(
+            f"{where}.group_size: got {group.group_size}; {SPARSE!r} has groups of {SPARSE_GROUP} "
+            f"or strategy 'channel'; correct the config, or save the model as {PACKED!r}"
+        )
+    if not group.symmetric:
+        problems.append(
+            f"{where}.symmetric: got false; {SPARSE!r} stores no zero points; save the model as "
+            f"{PACKED!r}"
+        )
+    if group.stores_order:
+        problems.append(
+            f"{where}.actorder: got {group.actorder!r}; {SPARSE!r} stores no order; save the model "
+            f"as {PACKED!r}"
+        )
 
 
 def _read_weights(

@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 
 from marlin.formats.awq_source import AwqFormat
 from marlin.formats.checkpoint import Checkpoint
+from marlin.formats.compressed_tensors_source import CompressedTensorsFormat
 from marlin.formats.gptq_source import GptqFormat
 from marlin.formats.source import SourceFormat
 
-FORMATS: dict[object, Callable[[Checkpoint], SourceFormat]] = {"awq": AwqFormat}
+FORMATS: dict[object, Callable[[Checkpoint], SourceFormat]] = {
+    "awq": AwqFormat,
+    "compressed-tensors": CompressedTensorsFormat,
+}
 
 
 def source_format(checkpoint: Checkpoint) -> SourceFormat:

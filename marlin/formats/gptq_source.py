@@ -50,9 +50,8 @@ class GptqLayer(SourceLayer):
         qzeros, scales, g_idx = (self.read(leaf) for leaf in ("qzeros", "scales", "g_idx"))
         return read_parameters(self.name, qzeros, scales, g_idx, self.bias(), self.settings, dtype)
 
-    def packed_weight(self, perm: Tensor | None) -> Tensor:
-        qweight: Tensor = torch.ops.marlin.repack_gptq(self.read("qweight"), perm)
-        return qweight
+    def packed_weight(self, perm: Tensor | None) -> tuple[Tensor, None]:
+        return torch.ops.marlin.repack_gptq(self.read("qweight"), perm), None
 
     def warning(self, rest: Parameters) -> str:
         if rest.zeros is None or not zeros_are_ambiguous(self.read("qzeros"), self.settings):

@@ -56,11 +56,29 @@ def read_marlin_24(
         CheckpointError: a shape, dtype or value does not fit; the message names the tensor, what
             was got, the rule and the fix.
     """
-    n, k = _check_layout(weight_packed, scale_packed, meta, layer)
+    n, k = check_layout(weight_packed, scale_packed, meta, layer)
+    qweight, ours = pack_used(*unpack_weight(weight_packed, read_places(meta, layer)))
+    scales = cast_exactly(order_scales(scale_packed), dtype, layer, "scale_packed")
+    return PackedWeight(qweight, scales, None, None, k, n, None, ours)
+
+
+def read_places(meta: Tensor, layer: str) -> Tensor:
+    """``meta`` -> the two places of each quad that are stored, rising: uint8 ``[N, K/4, 2]``.
+
+    Raises:
+        CheckpointError: they do not rise.
+    """
+    k, n = COLUMNS * meta.size(0), meta.size(1) // 2
     quads = _nibbles(meta, 4).view(k // 32, n // ROWS, 2, 8, 2, 2, 2, 4)
     quads = quads.permute(1, 3, 6, 2, 4, 0, 5, 7).reshape(n, k // QUAD)
     places = torch.stack([quads & 3, quads >> 2], -1)
     _check_places(places, layer)
+    return places
+
+
+def unpack_weight(weight_packed: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers, 8 where none is stored, uint8 ``[N, K]``, and which are stored, bool."""
+    k, n = COLUMNS * weight_packed.size(0), weight_packed.size(1) // 2
     stored = _nibbles(weight_packed, 8).view(k // 32, n // ROWS, 8, 4, 4, 2, 2, 2)
     stored = stored.permute(1, 2, 6, 4, 0, 7, 3, 5).reshape(n, k // QUAD, 2)
     q = torch.full((n, k // QUAD, QUAD), SYMMETRIC_ZERO, dtype=torch.uint8, device=stored.device)
@@ -69,12 +87,15 @@ def read_marlin_24(
         where = places[..., survivor, None].long()
         q.scatter_(2, where, stored[..., survivor, None])
         used.scatter_(2, where, True)
-    qweight, ours = pack_used(q.view(n, k), used.view(n, k))
-    scales = scale_packed
-    if scales.size(0) > 1:
-        scales = scales.view(-1, n // 8, 4, 2).transpose(2, 3).reshape(-1, n)
-    scales = cast_exactly(scales, dtype, layer, "scale_packed")
-    return PackedWeight(qweight, scales, None, None, k, n, None, ours)
+    return q.view(n, k), used.view(n, k)
+
+
+def order_scales(scale_packed: Tensor) -> Tensor:
+    """The scales in the order of the output features: ``[G, N]``."""
+    groups, n = scale_packed.shape
+    if groups == 1:
+        return scale_packed
+    return scale_packed.view(groups, n // 8, 4, 2).transpose(2, 3).reshape(groups, n)
 
 
 def _nibbles(words: Tensor, count: int) -> Tensor:
@@ -82,8 +103,8 @@ def _nibbles(words: Tensor, count: int) -> Tensor:
     return torch.stack([(words >> 4 * i & 15).to(torch.uint8) for i in range(count)], -1)
 
 
-def _check_layout(packed: Tensor, scale: Tensor, meta: Tensor, layer: str) -> tuple[int, int]:
-    """N and K, once every shape, dtype and device fits the others."""
+def check_layout(packed: Tensor, scale: Tensor, meta: Tensor, layer: str) -> tuple[int, int]:
+    """N and K, once every shape, dtype and device fits the others; values are not read."""
     prefix = label(layer)
     if packed.dtype != torch.int32 or packed.dim() != 2 or packed.numel() == 0:
         raise CheckpointError(

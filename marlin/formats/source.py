@@ -65,8 +65,8 @@ class SourceLayer(ABC):
         """True zero points 0..15, uint8 ``[G, N]``; None: none are stored, 8 everywhere."""
 
     @abstractmethod
-    def packed_weight(self, perm: Tensor | None) -> Tensor:
-        """``PackedWeight.qweight``, the input features in the order ``perm``."""
+    def packed_weight(self, perm: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``PackedWeight.qweight``, the input features in the order ``perm``, and ``places``."""
 
     def group_of_feature(self) -> Tensor:
         """The group of each input feature, int64 ``[K]``."""
@@ -76,6 +76,10 @@ class SourceLayer(ABC):
     def order(self) -> Tensor | None:
         """``Parameters.perm``."""
         return None
+
+    def weight_problems(self) -> list[str]:
+        """What is wrong with the stored weight: nothing where every word is valid."""
+        return []
 
     def bias(self) -> Tensor | None:
         return self.read("bias") if self.has("bias") else None
@@ -91,7 +95,7 @@ class SourceLayer(ABC):
 
         Raises :class:`CheckpointError` listing all that is wrong.
         """
-        problems: list[str] = []
+        problems = self.weight_problems()
         perm = zeros = bias = None
         scales = torch.empty(0)
         with collected(problems):
@@ -127,15 +131,9 @@ class SourceLayer(ABC):
 
     def pack(self, rest: Parameters) -> PackedWeight:
         """The layer in the packed layout; ``rest`` is what :meth:`parameters` returned."""
-        return PackedWeight(
-            self.packed_weight(rest.perm),
-            rest.scales,
-            rest.zeros,
-            rest.perm,
-            self.in_features,
-            self.out_features,
-            rest.bias,
-        )
+        qweight, places = self.packed_weight(rest.perm)
+        sizes = self.in_features, self.out_features
+        return PackedWeight(qweight, rest.scales, rest.zeros, rest.perm, *sizes, rest.bias, places)
 
 
 class SourceFormat(ABC):
