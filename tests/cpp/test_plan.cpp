@@ -301,6 +301,19 @@ TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {
   check_decode(problem, *plan);
 }
 
+// The parts of a cluster's tile of `pieces` row blocks, as TileCursor::before deals them out: one after
+// the other, none larger than a block's tile.
+void check_parts(const PrefillPlan& plan, int pieces) {
+  const int shares = plan.input_shares;
+  const auto before = [&](int rank) { return (pieces * rank + shares - 1) / shares; };
+  ASSERT_EQ(before(0), 0);
+  ASSERT_EQ(before(shares), pieces);
+  for (int rank = 0; rank < shares; ++rank) {
+    ASSERT_GE(before(rank + 1), before(rank));
+    ASSERT_LE(before(rank + 1) - before(rank), plan.kernel.tile.row_blocks);
+  }
+}
+
 // What the prefill kernels do with a plan, in miniature: every piece of 64 output features by a tile of
 // tokens is some cluster's, once, and every stage of its k some block's.
 void check_prefill(const Problem& problem, const PrefillPlan& plan) {
@@ -326,6 +339,10 @@ void check_prefill(const Problem& problem, const PrefillPlan& plan) {
       const int end = std::min(begin + plan.pieces_per_cluster, tile_end);
       ASSERT_LT(begin, end) << "an idle cluster";
       for (int piece = begin; piece < end; ++piece) ++done[piece];
+      const int rows = tile.row_blocks * plan.input_shares;
+      for (int at = begin; at < end; at += rows) {
+        ASSERT_NO_FATAL_FAILURE(check_parts(plan, std::min(rows, end - at)));
+      }
       continue;
     }
     for (int at = cluster; at < plan.row_tiles * plan.token_tiles; at += clusters) {
@@ -335,6 +352,7 @@ void check_prefill(const Problem& problem, const PrefillPlan& plan) {
       const int rows = tile.row_blocks * plan.input_shares;
       const int row_block = at % of_group / size * rows;
       const int token_tile = first + at % of_group % size;
+      ASSERT_NO_FATAL_FAILURE(check_parts(plan, std::min(rows, plan.row_blocks - row_block)));
       for (int r = row_block; r < std::min(row_block + rows, plan.row_blocks); ++r) {
         ++done[static_cast<size_t>(token_tile) * plan.row_blocks + r];
       }
