@@ -1,15 +1,22 @@
-"""Ways to damage a checkpoint on disk, as functions of its folder."""
+"""Ways to damage a checkpoint on disk, as functions of its folder; and what must come of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from checkpoints import write_tensors
+import pytest
+from checkpoints import snapshot, write_tensors
 from safetensors.torch import load_file
 from torch import Tensor
+
+from marlin.convert import convert
+from marlin.formats.checkpoint import CheckpointError
+from marlin.verify import verify
 
 Damage = Callable[[Path], None]
 
@@ -99,3 +106,40 @@ def several(*damages: Damage) -> Damage:
             each(root)
 
     return damage
+
+
+def assert_refused(tmp_path: Path, valid: Path, damage: Damage, reason: str) -> None:
+    """A damaged copy of ``valid`` is refused for ``reason``, a dry run says the same, and nothing
+    is written."""
+    source = tmp_path / "src"
+    shutil.copytree(valid, source)
+    damage(source)
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        convert(source, tmp_path / "dst", progress=False)
+    assert re.search(reason, str(caught.value), re.DOTALL), str(caught.value)
+    assert len(str(caught.value)) < 4000
+    assert snapshot(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    with pytest.raises(CheckpointError, match=re.escape(str(caught.value))):
+        convert(source, tmp_path / "dst", progress=False, dry_run=True)
+
+
+def change_bytes(path: Path, edits: Iterable[tuple[float, int]]) -> None:
+    """Flip bits of a file: each edit is a place, as a share of the file, and the bits."""
+    data = bytearray(path.read_bytes())
+    for where, change in edits:
+        data[int(where * (len(data) - 1))] ^= change
+    path.write_bytes(data)
+
+
+def assert_exact_or_refused(root: Path) -> None:
+    """``src`` in a folder of its own is refused, or converted to what it holds; and unchanged."""
+    before = snapshot(root / "src")
+    try:
+        convert(root / "src", root / "dst", progress=False)
+    except CheckpointError:
+        assert [path.name for path in root.iterdir()] == ["src"]
+    else:
+        assert verify(root / "dst", root / "src", progress=False).equal
+    assert snapshot(root / "src") == before

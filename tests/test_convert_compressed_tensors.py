@@ -28,7 +28,20 @@ from checkpoints import (
     write_checkpoint,
     write_tensors,
 )
-from damage import Damage, poke, put, remove, several, sharded, tensors, text, truncate
+from damage import (
+    Damage,
+    assert_exact_or_refused,
+    assert_refused,
+    change_bytes,
+    poke,
+    put,
+    remove,
+    several,
+    sharded,
+    tensors,
+    text,
+    truncate,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_convert_24 import stored_weight
@@ -367,17 +380,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused(tmp_path: Path, valid: Path, case: str) -> None:
-    damage, reason = CASES[case]
-    source = tmp_path / "src"
-    shutil.copytree(valid, source)
-    damage(source)
-    before = snapshot(tmp_path)
-    for dry_run in (False, True):
-        with pytest.raises(CheckpointError) as caught:
-            convert(source, tmp_path / "dst", progress=False, dry_run=dry_run)
-        assert re.search(reason, str(caught.value), re.DOTALL), str(caught.value)
-    assert snapshot(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    assert_refused(tmp_path, valid, *CASES[case])
 
 
 def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
@@ -411,14 +414,6 @@ def test_changed_bytes(
 ) -> None:
     root = tmp_path_factory.mktemp("fuzz")
     shutil.copytree(valid, root / "src")
-    data = bytearray((valid / file).read_bytes())
-    for where, change in edits:
-        data[int(where * (len(data) - 1))] ^= change
-    (root / "src" / file).write_bytes(data)
-    try:
-        convert(root / "src", root / "dst", progress=False)
-    except CheckpointError:
-        assert [path.name for path in root.iterdir()] == ["src"]
-    else:
-        assert verify(root / "dst", root / "src", progress=False).equal
+    change_bytes(root / "src" / file, edits)
+    assert_exact_or_refused(root)
     shutil.rmtree(root)

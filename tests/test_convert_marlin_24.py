@@ -23,7 +23,7 @@ from checkpoints import (
     write_checkpoint,
     write_tensors,
 )
-from damage import Damage, poke, put, several, tensors, text, truncate
+from damage import Damage, assert_refused, poke, put, several, tensors, text, truncate
 from test_convert_24 import model_of, stored_weight
 from test_formats_marlin_24 import make_weight, write
 from torch import Tensor
@@ -236,16 +236,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused(tmp_path: Path, valid: Path, case: str) -> None:
-    damage, reason = CASES[case]
-    source = tmp_path / "src"
-    shutil.copytree(valid, source)
-    damage(source)
-    before = snapshot(tmp_path)
-    for dry_run in (False, True):
-        with pytest.raises(CheckpointError) as caught:
-            convert(source, tmp_path / "dst", progress=False, dry_run=dry_run)
-        assert re.search(reason, str(caught.value), re.DOTALL), str(caught.value)
-    assert snapshot(tmp_path) == before
+    assert_refused(tmp_path, valid, *CASES[case])
 
 
 def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,13 @@ from checkpoints import (
     default_layers,
     gptq_config,
     make_layer,
-    snapshot,
     write_checkpoint,
 )
 from damage import (
     Damage,
+    assert_exact_or_refused,
+    assert_refused,
+    change_bytes,
     header,
     patch,
     poke,
@@ -300,19 +301,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_refused(tmp_path: Path, valid: Path, case: str) -> None:
-    damage, reason = CASES[case]
-    source = tmp_path / "src"
-    shutil.copytree(valid, source)
-    damage(source)
-    before = snapshot(tmp_path)
-    with pytest.raises(CheckpointError) as caught:
-        convert(source, tmp_path / "dst", progress=False)
-    assert re.search(reason, str(caught.value), re.DOTALL), str(caught.value)
-    assert len(str(caught.value)) < 4000
-    assert snapshot(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
-    with pytest.raises(CheckpointError, match=re.escape(str(caught.value))):
-        convert(source, tmp_path / "dst", progress=False, dry_run=True)
+    assert_refused(tmp_path, valid, *CASES[case])
 
 
 def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
@@ -405,17 +394,6 @@ FUZZ = settings(
 )
 
 
-def assert_exact_or_refused(root: Path) -> None:
-    before = snapshot(root / "src")
-    try:
-        convert(root / "src", root / "dst", progress=False)
-    except CheckpointError:
-        assert [path.name for path in root.iterdir()] == ["src"]
-    else:
-        assert verify(root / "dst", root / "src", progress=False).equal
-    assert snapshot(root / "src") == before
-
-
 @FUZZ
 @given(file=FILES, edits=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1))
 def test_changed_bytes(
@@ -426,10 +404,7 @@ def test_changed_bytes(
 ) -> None:
     root = tmp_path_factory.mktemp("fuzz")
     shutil.copytree(small, root / "src")
-    data = bytearray((small / file).read_bytes())
-    for where, change in edits:
-        data[int(where * (len(data) - 1))] ^= change
-    (root / "src" / file).write_bytes(data)
+    change_bytes(root / "src" / file, edits)
     assert_exact_or_refused(root)
     shutil.rmtree(root)
 
