@@ -52,10 +52,13 @@ def test_plan_for_asks_for_the_gpu() -> None:
 
 @needs_cuda_build
 @pytest.mark.parametrize(
-    "arguments", [{"id": -2}, {"id": 999}, {"sms": -1}, {"cluster": 9}], ids=str
+    "arguments",
+    [{"id": -2}, {"id": 999}, {"sms": -1}, {"cluster": 9}, {"input_shares": 9}],
+    ids=str,
 )
 def test_force_plan_refuses(arguments: dict[str, int]) -> None:
-    with pytest.raises(RuntimeError, match="no such kernel, number of multiprocessors or cluster"):
+    ((name, value),) = arguments.items()
+    with pytest.raises(RuntimeError, match=f"force_plan: {name}: got {value}; it must be"):
         _inspect.force_plan(**arguments)
 
 

@@ -1,7 +1,9 @@
 // From a GEMM's arguments to kernel launches: which family of kernels, and its plan.
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "cuda/attributes.h"
@@ -120,12 +122,16 @@ int64_t gemm_workspace_bytes(const Gemm& args) {
 }
 
 void force_plan(int id, int sm_count, int cluster, int input_shares) {
-  if (id < -1 || id >= plan::kernel_count() || sm_count < 0 || cluster < 0 ||
-      cluster > plan::Device::kLargestCluster || input_shares < 0 ||
-      input_shares > plan::Device::kLargestCluster) {
-    throw std::runtime_error(
-        "marlin: force_plan: no such kernel, number of multiprocessors or cluster");
-  }
+  const auto check_range = [](const char* name, int value, int least, int most) {
+    if (value >= least && value <= most) return;
+    throw std::runtime_error("marlin: force_plan: " + std::string(name) + ": got " +
+                             std::to_string(value) + "; it must be " + std::to_string(least) +
+                             " to " + std::to_string(most));
+  };
+  check_range("id", id, -1, plan::kernel_count() - 1);
+  check_range("sms", sm_count, 0, std::numeric_limits<int>::max());
+  check_range("cluster", cluster, 0, plan::Device::kLargestCluster);
+  check_range("input_shares", input_shares, 0, plan::Device::kLargestCluster);
   forced_kernel = id;
   forced_sm_count = sm_count;
   forced_cluster = cluster;
