@@ -69,6 +69,11 @@ struct DecodeTile {
     const int fit = room / each < kMostStages ? room / each : kMostStages;
     return fit / splits * splits;
   }
+
+  // Of weights, that a block may ask for before anything else; the ring never starts full.
+  constexpr int most_first_stages(int period) const {
+    return stages(period) > 4 ? 4 : stages(period) - 1;
+  }
 };
 
 struct DecodeKernel {
@@ -122,7 +127,9 @@ struct DecodePlan {
   int stages;   // of a tile
   int cluster;  // 2: pairs of blocks that may share a tile; 1: launched without clusters
   int blocks;
-  int early_stages;  // of weights: with static_weights, copied while the kernel before may still run
+  // Of weights, with static_weights: copied while the kernel before may still run, and those of them that
+  // are asked for at the very start of a block.
+  int early_stages, first_stages;
 };
 
 // Nothing where another kernel is to run: with many tokens, or on a device or build without wgmma.

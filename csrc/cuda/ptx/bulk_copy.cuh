@@ -88,6 +88,17 @@ __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 2) : "memory");
 }
 
+// Barrier `kId` of the block, at which `kThreads` threads meet: those that arrive go on at once, those that
+// sync see what the others did before.
+template <int kId, int kThreads>
+__device__ __forceinline__ void barrier_arrive() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
+template <int kId, int kThreads>
+__device__ __forceinline__ void barrier_sync() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
+
 // True in one thread of a warp whose threads all get here, and known to the compiler to be so.
 __device__ __forceinline__ bool elect_one() {
   int elected;

@@ -56,9 +56,28 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   extern __shared__ __align__(1024) char shared[];
   const uint32_t base = ptx::shared_address(shared);
   const DecodeBarriers<S> barriers{base + S::kBarriersAt};
-  barriers.init();
-  if (p.static_weights) ptx::let_next_kernel_start();
-  __syncthreads();
+  const DecodeProducer<Element, S> producer{p, base, barriers};
+  constexpr int kConsumerWarps = S::kConsumers / 32, kOtherWarps = S::kThreads / 32 - 1;
+  const int helper =
+      __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32 - kConsumerWarps, 0);
+  // One warp asks for weights; meanwhile the others make the rest ready, and wait for it no longer than
+  // for its barriers.
+  constexpr int kFirstReady = 1, kOthersReady = 2;
+  if (helper == 0) {
+    barriers.init_first();
+    __syncwarp();
+    ptx::barrier_arrive<kFirstReady, S::kThreads>();
+    if (ptx::elect_one()) producer.start_weights();
+    __syncwarp();
+    ptx::barrier_sync<kOthersReady, S::kThreads>();
+  } else {
+    barriers.init_others(helper < 0 ? helper + kConsumerWarps : helper + kConsumerWarps - 1,
+                         kOtherWarps);
+    __syncwarp();
+    if (p.static_weights) ptx::let_next_kernel_start();
+    ptx::barrier_arrive<kOthersReady, S::kThreads>();
+    ptx::barrier_sync<kFirstReady, S::kThreads>();
+  }
   const bool pairs = p.deal.cluster > 1;
   if (pairs) {
     if (threadIdx.x == S::kThreads - 1) DecodeFinish<Element, S>{p, base}.expect();
@@ -67,14 +86,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   }
   if (threadIdx.x >= S::kConsumers) {
     ptx::give_registers<S::kHelperRegisters>();
-    const int warp =
-        __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32 - S::kConsumers / 32, 0);
-    const DecodeProducer<Element, S> producer{p, base, barriers};
-    if (warp == 0) producer.copy_weights();
-    if (warp == 1) producer.copy_input();
-    if (warp == 2) producer.copy_scales();
+    if (helper == 0) producer.copy_weights();
+    if (helper == 1) producer.copy_input();
+    if (helper == 2) producer.copy_scales();
     if (pairs) ptx::cluster_wait();
-    if (warp == 3) finish_tiles<Element, S>(p, base, barriers);
+    if (helper == 3) finish_tiles<Element, S>(p, base, barriers);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     if (pairs) ptx::cluster_wait();

@@ -59,9 +59,11 @@ struct DecodePlace {
 
   // This split's next stage.
   __device__ void wait() const {
-    ring.wait();
-    input_ring.wait();
+    wait_for_weights();
+    wait_for_input();
   }
+  __device__ void wait_for_weights() const { ring.wait(); }
+  __device__ void wait_for_input() const { input_ring.wait(); }
   __device__ void advance() {
     ring.advance();
     input_ring.advance();

@@ -16,45 +16,82 @@ struct DecodeProducer {
   uint32_t shared;
   const DecodeBarriers<S>& barriers;
 
-  __device__ void copy_weights() const {
-    RingProducer<S::kStages> ring{barriers.full(), barriers.empty()};
-    Cursor work(p);
-    int early = p.static_weights ? p.early_stages : 0;
-#pragma unroll 1
-    for (; work.valid(); work.advance()) {
+  // A tile's weights that are still to be copied.
+  struct Weights {
+    const int32_t *from, *meta;
+    int64_t to_next_row_block, to_next_meta;
+    int row_blocks, blocks;  // of 64 rows, and of a row block
+
+    __device__ Weights(const DecodeParams<Element>& p, const Cursor& work) {
       const int row_block = work.row_tile() * S::kRowTiles;
-      const int row_blocks = min(S::kRowTiles, p.n_blocks - row_block);
       const int first_block = work.first_stage() * S::kStageBlocks;
-      const int32_t* from =
-          p.qweight + layout::word_index(row_block, first_block, p.k_blocks, 0, 0);
-      const int64_t to_next_row_block = int64_t{p.k_blocks} * layout::kWordsPerBlock;
-      [[maybe_unused]] const int32_t* meta =
-          p.meta + (int64_t{row_block} * p.k_blocks + first_block) * layout::kMetaWordsPerBlock;
-      [[maybe_unused]] const int64_t to_next_meta =
-          int64_t{p.k_blocks} * layout::kMetaWordsPerBlock;
-      int blocks = min(work.stages() * S::kStageBlocks, p.k_blocks - first_block);
+      from = p.qweight + layout::word_index(row_block, first_block, p.k_blocks, 0, 0);
+      meta = p.meta + (int64_t{row_block} * p.k_blocks + first_block) * layout::kMetaWordsPerBlock;
+      to_next_row_block = int64_t{p.k_blocks} * layout::kWordsPerBlock;
+      to_next_meta = int64_t{p.k_blocks} * layout::kMetaWordsPerBlock;
+      row_blocks = min(S::kRowTiles, p.n_blocks - row_block);
+      blocks = min(work.stages() * S::kStageBlocks, p.k_blocks - first_block);
+    }
+
+    __device__ bool valid() const { return blocks > 0; }
+    __device__ void advance(int stages = 1) {
+      from += stages * S::kStageBlocks * layout::kWordsPerBlock;
+      meta += stages * S::kStageBlocks * layout::kMetaWordsPerBlock;
+      blocks -= stages * S::kStageBlocks;
+    }
+
+    // The next stage. By one thread.
+    __device__ void copy(uint32_t to, uint32_t barrier) const {
+      const int count = min(S::kStageBlocks, blocks);
+      const int bytes = count * layout::kBytesPerBlock;
+      ptx::mbarrier_arrive_expect(barrier, row_blocks * bytes + S::kStageMetaBytes);
+#pragma unroll
+      for (int r = 0; r < S::kRowTiles; ++r) {
+        if (r < row_blocks) {
+          ptx::bulk_copy(to + r * S::kRowTileBytes, from + r * to_next_row_block, bytes, barrier);
+        }
+        if constexpr (S::kSparse) {
+          copy_meta(to + r * S::kRowTileBytes + S::kMetaAt,
+                    meta + min(r, row_blocks - 1) * to_next_meta, count, barrier);
+        }
+      }
+    }
+  };
+
+  // Before anything else is done in the block: the first stages, which wait for nothing but their own
+  // barriers. From the start of a block to its first copy it is 2000 cycles otherwise. (H200)
+  __device__ void start_weights() const {
+    const Cursor work(p);
+    Weights weights(p, work);
 #pragma unroll 1
-      for (; blocks > 0; blocks -= S::kStageBlocks) {
+    for (int i = 0; i < started(work); ++i) {
+      weights.copy(shared + S::kWeightsAt + i * S::kWeightBytes, barriers.full() + 8 * i);
+      weights.advance();
+    }
+  }
+
+  __device__ int started(const Cursor& work) const {
+    const int most = min(p.first_stages, S::kFirstStages);
+    return p.static_weights && work.valid() ? min(most, work.stages()) : 0;
+  }
+
+  // All others.
+  __device__ void copy_weights() const {
+    Cursor work(p);
+    const int first = started(work);
+    RingProducer<S::kStages> ring{barriers.full(), barriers.empty(), first};
+    int early = p.static_weights ? p.early_stages - first : 0;
+    int done = first;  // of the tile
+#pragma unroll 1
+    for (; work.valid(); work.advance(), done = 0) {
+      Weights weights(p, work);
+      weights.advance(done);
+#pragma unroll 1
+      for (; weights.valid(); weights.advance()) {
         if (early-- == 0) ptx::wait_for_earlier_kernels();
         ring.fill([&](int slot, uint32_t barrier) {
-          const int count = min(S::kStageBlocks, blocks);
-          const int bytes = count * layout::kBytesPerBlock;
-          const uint32_t to = shared + S::kWeightsAt + slot * S::kWeightBytes;
-          ptx::mbarrier_arrive_expect(barrier, row_blocks * bytes + S::kStageMetaBytes);
-#pragma unroll
-          for (int r = 0; r < S::kRowTiles; ++r) {
-            if (r < row_blocks) {
-              ptx::bulk_copy(to + r * S::kRowTileBytes, from + r * to_next_row_block, bytes,
-                             barrier);
-            }
-            if constexpr (S::kSparse) {
-              copy_meta(to + r * S::kRowTileBytes + S::kMetaAt,
-                        meta + min(r, row_blocks - 1) * to_next_meta, count, barrier);
-            }
-          }
+          weights.copy(shared + S::kWeightsAt + slot * S::kWeightBytes, barrier);
         });
-        from += S::kStageBlocks * layout::kWordsPerBlock;
-        meta += S::kStageBlocks * layout::kMetaWordsPerBlock;
       }
     }
   }

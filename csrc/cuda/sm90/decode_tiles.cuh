@@ -14,7 +14,7 @@ struct DecodeParams : LayerParams<Element> {
   plan::DecodeDeal deal;
   int row_tiles, token_tiles;
   int stages;        // of a tile
-  int early_stages;  // of weights (plan::DecodePlan)
+  int early_stages, first_stages;  // of weights (plan::DecodePlan)
 };
 
 template <int kTokens_, int kRowTiles_, int kSplits_, int kStageBlocks_, int kBlocksPerSm_,
@@ -29,6 +29,7 @@ struct DecodeShape {
   static constexpr int kPeriod = kPeriod_;  // columns between scales
   static constexpr bool kScalesWeights = kTile.scales_weights();
   static constexpr int kStages = kTile.stages(kPeriod), kInputStages = kInputStages_;
+  static constexpr int kFirstStages = kTile.most_first_stages(kPeriod);
   static constexpr int kGroups = kTile.stage_k() / kPeriod;  // rows of scales in a stage
   static constexpr int kRows = kTile.rows(), kThreads = kTile.threads();
   static constexpr int kConsumers = kTile.consumers();
@@ -81,28 +82,37 @@ struct DecodeBarriers {
   // Of what the other block of a pair sends.
   __device__ uint32_t received(int pass) const { return sums_free() + 8 + 8 * pass; }
 
-  // By all warps of the block, which share the work: a thread needs 20 cycles for each. Not by lanes:
-  // the instruction wants an address that is the same in the warp.
-  __device__ void init() const {
-    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  // Those of the first stages of weights and scales, by the warp that copies weights; then the others, by
+  // all warps, which share the work: a thread needs 20 cycles for each. Not by lanes: the instruction
+  // wants an address that is the same in the warp.
+  __device__ void init_first() const {
+    if (!ptx::elect_one()) return;
+#pragma unroll
+    for (int i = 0; i < S::kFirstStages; ++i) init_full(i);
+    ptx::mbarrier_init_fence();
+  }
+  __device__ void init_others(int warp, int warps) const {
     if (!ptx::elect_one()) return;
 #pragma unroll 1
-    for (int i = warp; i < S::kStages; i += S::kThreads / 32) {
-      ptx::mbarrier_init(full() + 8 * i, 2);  // weights and scales
+    for (int i = warp; i < S::kStages; i += warps) {
+      if (i >= S::kFirstStages) init_full(i);
       ptx::mbarrier_init(empty() + 8 * i, 128 * S::kRowTiles);
     }
 #pragma unroll 1
-    for (int i = warp; i < S::kInputStages; i += S::kThreads / 32) {
+    for (int i = warp; i < S::kInputStages; i += warps) {
       ptx::mbarrier_init(input_full() + 8 * i, 1);
       ptx::mbarrier_init(input_empty() + 8 * i, 128 * S::kRowTiles);
     }
-    if (warp == S::kThreads / 32 - 1) {
+    if (warp == warps - 1) {
       ptx::mbarrier_init(sums_full(), S::kConsumers);
       ptx::mbarrier_init(sums_free(), 32);
       for (int pass = 0; pass < S::kPasses; ++pass) ptx::mbarrier_init(received(pass), 1);
     }
     ptx::mbarrier_init_fence();
   }
+
+ private:
+  __device__ void init_full(int i) const { ptx::mbarrier_init(full() + 8 * i, 2); }  // and scales
 };
 
 // A block's tiles, in turn: the shared one, of which it does its half of k, then the others.

@@ -132,6 +132,7 @@ void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cud
   p.deal = plan::DecodeDeal::of(plan.blocks, plan.cluster, plan.row_tiles * plan.token_tiles);
   p.stages = plan.stages;
   p.early_stages = plan.early_stages;
+  p.first_stages = plan.first_stages;
   start(decode_instance<Element>(plan.kernel.id, tile.sparse, plan.period), p, plan.blocks,
         tile.threads(), tile.shared_bytes(plan.period), plan.cluster, stream);
 }
