@@ -51,7 +51,7 @@ int early_stages(const DecodePlan& plan) {
 // the previous one then asks for its activations: weights that are asked for at once come before them,
 // which small layers feel: 3.7 us against 4.0 at 4096 x 4096, M = 1; but 11.0 against 10.6 at 8192 x 8192.
 int first_stages(const DecodePlan& plan) {
-  constexpr int kMuch = 24;
+  constexpr int kMuch = 10;
   if (plan.kernel.tile.blocks_per_sm > 1 && stages_per_block(plan) <= kMuch) return 0;
   return std::min(plan.kernel.tile.most_first_stages(plan.period), plan.early_stages);
 }

@@ -30,16 +30,15 @@
 
 namespace marlin::cuda::sm90 {
 
-// Stores all passes but the block's last, which the consumers store.
+// Stores all tiles but the block's last, which the consumers store.
 template <typename Element, typename S>
 __device__ void finish_tiles(const DecodeParams<Element>& p, uint32_t base,
                              const DecodeBarriers<S>& barriers) {
   int parity = 0;
 #pragma unroll 1
-  for (DecodeCursor<Element, S> work(p); work.valid(); work.advance()) {
+  for (DecodeCursor<Element, S> work(p); work.valid() && !work.last(); work.advance()) {
 #pragma unroll 1
     for (int pass = 0; pass < S::kPasses; ++pass) {
-      if (work.last() && pass == S::kPasses - 1) return;
       ptx::mbarrier_wait(barriers.sums_full(), parity);
       DecodeFinish<Element, S>{p, base}.template run<32>(work, pass,
                                                          static_cast<int>(threadIdx.x) % 32);

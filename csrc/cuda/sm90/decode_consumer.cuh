@@ -32,6 +32,8 @@ struct DecodeConsumer {
     return packed;
   }
 
+  static constexpr int kPassStored = 3;  // a barrier of the block
+
   // This split's stages: every kSplits-th of all that the block does.
   __device__ void run() {
     const DecodeBarriers<S> barriers = place.barriers();
@@ -54,10 +56,14 @@ struct DecodeConsumer {
       }
 #pragma unroll
       for (int pass = 0; pass < S::kPasses; ++pass) {
-        ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
+        if (work.last() && pass > 0) {
+          ptx::barrier_sync<kPassStored, S::kConsumers>();
+        } else {
+          ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
+        }
         leave_sums(pass);
         ptx::mbarrier_arrive(barriers.sums_full());
-        if (work.last() && pass == S::kPasses - 1) {  // nothing else to do
+        if (work.last()) {  // nothing else to do
           ptx::mbarrier_wait(barriers.sums_full(), parity);
           DecodeFinish<Element, S>{p, place.base}.template run<S::kConsumers>(
               work, pass, static_cast<int>(threadIdx.x));
