@@ -89,6 +89,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["blocks"] = decode->blocks;
     out["cluster"] = decode->cluster;
     out["early_stages"] = decode->early_stages;
+    out["first_stages"] = decode->first_stages;
     out["row_tiles"] = decode->row_tiles;
     out["token_tiles"] = decode->token_tiles;
     out["stages_per_tile"] = decode->stages;

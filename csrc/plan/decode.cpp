@@ -49,22 +49,25 @@ int early_stages(const DecodePlan& plan) {
 
 // Where two blocks fit a multiprocessor, a block starts when the kernel before the previous one ends, and
 // the previous one then asks for its activations: weights that are asked for at once come before them,
-// which small layers feel: 3.7 us against 4.0 at 4096 x 4096, M = 1; but 11.0 against 10.6 at 8192 x 8192.
+// which small layers feel: 3.7 us against 4.0 at 4096 x 4096, M = 1; but 9.8 against 9.5 at 4096 x 14336.
 int first_stages(const DecodePlan& plan) {
   constexpr int kMuch = 10;
   if (plan.kernel.tile.blocks_per_sm > 1 && stages_per_block(plan) <= kMuch) return 0;
   return std::min(plan.kernel.tile.most_first_stages(plan.period), plan.early_stages);
 }
 
-// Whether a problem with more tokens than a tile holds is worth two token tiles of the last kernel of the
-// table. us on an H200, M = 256, this and the prefill kernel: 17.9 and 22.3 at 4096 x 4096, 46.9 and 59 at
-// 4096 x 14336, 52.1 and 54.7 at 8192 x 8192; but 99 and 88 at 28672 x 4096, and in windows of 10 ms 190 and
-// 174 at 8192 x 28672. With fewer tokens the prefill kernel has smaller tiles. 2:4 sparse weights: 15.3 and
-// 19.9 at 4096 x 4096, 38.3 and 46.4 at 4096 x 14336; but 47.1 and 44.1 at 8192 x 8192.
-bool two_token_tiles_pay(const DecodeKernel& kernel, const Problem& p) {
-  constexpr int64_t kMostWeights = 70'000'000, kNarrow = 7680, kMany = 192;
-  const int64_t widest = p.sparse || p.m <= kMany ? kNarrow : kernel.most_n;
-  return p.m <= 2 * kernel.tile.tokens && p.n * p.k <= kMostWeights && p.n <= widest;
+// Whether a problem with more tokens than a tile holds is worth several token tiles of the last kernel of
+// the table. us on an H200, M = 256, this and the prefill kernel: 15.6 and 22.3 at 4096 x 4096, 43.8 and 59
+// at 4096 x 14336, 48.0 and 54.2 at 8192 x 8192; but 95 and 86 at 28672 x 4096. At 8192 x 28672 162 and 168,
+// but in windows of 10 ms it was slower. M = 384: 24.0 and 29.9 at 4096 x 4096; but 76.4 and 72.9 at
+// 8192 x 8192. With fewer tokens the prefill kernel has smaller tiles. 2:4 sparse weights, M = 256: 12.0
+// and 19.1 at 4096 x 4096, 38.0 and 41.3 at 8192 x 8192.
+bool several_token_tiles_pay(const DecodeKernel& kernel, const Problem& p) {
+  constexpr int64_t kMostWeights = 70'000'000, kSmall = 17'000'000, kNarrow = 7680, kWide = 16384;
+  constexpr int64_t kMany = 192;
+  const int most_tiles = p.n * p.k <= kSmall ? 3 : 2;
+  return p.m <= most_tiles * kernel.tile.tokens && p.n * p.k <= kMostWeights &&
+         p.n <= (p.m <= kMany ? kNarrow : kWide);
 }
 
 }  // namespace
@@ -105,7 +108,7 @@ std::optional<DecodePlan> select_decode(const Problem& problem) {
     return decode_plan_with(kernel, 2, problem);
   }
   const DecodeKernel& last = decode_kernels(problem.sparse).back();
-  if (two_token_tiles_pay(last, problem)) return decode_plan_with(last, 2, problem);
+  if (several_token_tiles_pay(last, problem)) return decode_plan_with(last, 2, problem);
   return std::nullopt;
 }
 

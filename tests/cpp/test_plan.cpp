@@ -209,13 +209,40 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
   Problem wide{65, 16385, 4096, 128, device_of(90, 132)};
   wide.device.wgmma = true;
   EXPECT_FALSE(select_decode(wide).has_value());  // prefill kernels are faster
-  wide.m = 257, wide.n = 4096;
-  EXPECT_FALSE(select_decode(wide).has_value());
-  wide.m = 256;
-  const auto two_token_tiles = select_decode(wide);
-  ASSERT_TRUE(two_token_tiles.has_value());
-  EXPECT_EQ(two_token_tiles->token_tiles, 2);
-  check_decode(wide, *two_token_tiles);
+}
+
+TEST(Plan, DecodeTakesSeveralTokenTilesOfSmallLayers) {
+  const auto token_tiles = [](int64_t m, int64_t n, int64_t k, bool sparse) {
+    Problem problem{m, n, k, 128, device_of(90, 132)};
+    problem.device.wgmma = true;
+    problem.sparse = sparse;
+    const auto plan = select_decode(problem);
+    if (plan) check_decode(problem, *plan);
+    return plan ? plan->token_tiles : 0;
+  };
+  for (const bool sparse : {false, true}) {
+    EXPECT_EQ(token_tiles(256, 4096, 4096, sparse), 2);
+    EXPECT_EQ(token_tiles(384, 4096, 4096, sparse), 3);
+    EXPECT_EQ(token_tiles(385, 4096, 4096, sparse), 0);
+    EXPECT_EQ(token_tiles(256, 8192, 8192, sparse), 2);
+    EXPECT_EQ(token_tiles(257, 8192, 8192, sparse), 0);
+    EXPECT_EQ(token_tiles(256, 8192, 28672, sparse), 0);
+  }
+}
+
+TEST(Plan, DecodeStartsWithWeightsWhereNoneWaitsForActivations) {
+  const auto first = [](int64_t m, int64_t n, int64_t k) {
+    Problem problem{m, n, k, 128, device_of(90, 132)};
+    problem.device.wgmma = true;
+    const DecodePlan plan = *select_decode(problem);
+    EXPECT_LE(plan.first_stages, plan.early_stages);
+    EXPECT_LT(plan.first_stages, plan.kernel.tile.stages(plan.period));
+    return plan.first_stages;
+  };
+  EXPECT_EQ(first(1, 4096, 4096), 0);  // two blocks on a multiprocessor, and little to do for each
+  EXPECT_EQ(first(1, 4096, 14336), 4);
+  EXPECT_EQ(first(1, 57344, 8192), 4);
+  EXPECT_EQ(first(64, 4096, 4096), 4);
 }
 
 TEST(Plan, DecodeAsksForFewWeightsEarlyWhereBlocksDoMuch) {

@@ -13,7 +13,7 @@ template <typename Element>
 struct DecodeParams : LayerParams<Element> {
   plan::DecodeDeal deal;
   int row_tiles, token_tiles;
-  int stages;        // of a tile
+  int stages;                      // of a tile
   int early_stages, first_stages;  // of weights (plan::DecodePlan)
 };
 
