@@ -35,9 +35,9 @@ METHOD = (
     "by itself, one after the other after one rest; sustained_ms, of decode: median of 7 windows "
     "of 10 ms of replays (one replay where it takes longer) after 3; ms of prefill is the time to "
     "the first token; peak_bytes: the most memory that torch had allocated while the step was "
-    "captured and replayed: weights, the cache of that batch, activations, workspaces; error: what "
-    "the graph computes (logits, last keys and values) against the same step without "
-    "torch.compile and graph, relative"
+    "captured and replayed: weights, the cache of that batch, activations, workspaces; error: of "
+    "the graph's logits, and of the keys and values that the step writes, against the same step "
+    "without torch.compile and graph, relative"
 )
 
 

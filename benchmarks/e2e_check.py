@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,13 @@ BATCH, TOKENS = 3, 34
 def relative_error(value: Tensor, wanted: Tensor) -> float:
     """The norm of the difference over that of ``wanted``."""
     difference = value.double() - wanted.double()
-    return (difference.norm() / wanted.double().norm()).item()
+    return float(difference.norm() / wanted.double().norm())
+
+
+def largest_error(values: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+    """The largest relative error of some tensors; not a number if one of them has such."""
+    errors = [relative_error(v, w.to(v.device)) for v, w in zip(values, wanted, strict=True)]
+    return torch.tensor(errors).max().item()
 
 
 def dequantized(model: Decoder) -> Decoder:
@@ -46,4 +53,4 @@ def error_of_tiny_model(sizes: Sizes, variant: str, device: str) -> float:
         kv.zero_()
     model(tokens[:, :-1], positions[:-1], [kv[:, :-1] for kv in cache], PLAIN)
     by_itself = model(tokens[:, -1:], positions[-1:], cache, PLAIN)
-    return max(relative_error(logits, wanted) for logits in (at_once, by_itself))
+    return largest_error((at_once, by_itself), (wanted, wanted))

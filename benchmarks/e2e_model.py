@@ -143,11 +143,9 @@ def attend(queries: Tensor, cache: Tensor) -> Tensor:
     ``queries`` ``[batch, tokens, heads, head_dim]``: one token, or as many as the cache is long.
     Gives ``[batch * tokens, heads * head_dim]``.
     """
-    keys, values = cache.chunk(2, dim=2)
+    keys, values = cache.transpose(1, 2).chunk(2, dim=1)
     out = F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in (queries, keys, values)),
-        is_causal=queries.size(1) > 1,
-        enable_gqa=True,
+        queries.transpose(1, 2), keys, values, is_causal=queries.size(1) > 1, enable_gqa=True
     )
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
