@@ -41,14 +41,14 @@ class Row:
 
 
 def random_weight(
-    n: int, k: int, group_size: int, dtype: torch.dtype, zeros: bool
+    n: int, k: int, group_size: int, dtype: torch.dtype, zeros: bool, device: str = "cuda"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """A dense (qweight, scales, zeros)."""
     groups = 1 if group_size == -1 else -(-k // group_size)
     blocks = (-(-n // 64), -(-k // 64), 512)
-    qweight = torch.randint(-(2**31), 2**31, blocks, device="cuda", dtype=torch.int32)
-    scales = torch.rand(groups, n, device="cuda").mul_(0.01).to(dtype)
-    z = torch.randint(0, 16, (groups, n), device="cuda", dtype=torch.uint8) if zeros else None
+    qweight = torch.randint(-(2**31), 2**31, blocks, device=device, dtype=torch.int32)
+    scales = torch.rand(groups, n, device=device).mul_(0.01).to(dtype)
+    z = torch.randint(0, 16, (groups, n), device=device, dtype=torch.uint8) if zeros else None
     return qweight, scales, z
 
 
@@ -60,12 +60,12 @@ def random_weights(
     return [random_weight(n, k, group_size, dtype, zeros) for _ in range(copies)]
 
 
-def random_places(n: int, k: int) -> torch.Tensor:
+def random_places(n: int, k: int, device: str = "cuda") -> torch.Tensor:
     """The metadata of a 2:4 sparse weight: places that rise, as nibbles first | second << 2."""
-    nibbles = torch.tensor([4, 8, 12, 9, 13, 14], device="cuda")
-    meta = torch.zeros(-(-n // 64), -(-k // 128), 256, device="cuda", dtype=torch.int64)
+    nibbles = torch.tensor([4, 8, 12, 9, 13, 14], device=device)
+    meta = torch.zeros(-(-n // 64), -(-k // 128), 256, device=device, dtype=torch.int64)
     for i in range(8):
-        meta |= nibbles[torch.randint(6, meta.shape, device="cuda")] << (4 * i)
+        meta |= nibbles[torch.randint(6, meta.shape, device=device)] << (4 * i)
     return torch.where(meta < 2**31, meta, meta - 2**32).to(torch.int32)
 
 

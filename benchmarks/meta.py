@@ -46,7 +46,7 @@ def driver_version() -> str:
 def describe(commit_name: str | None = None, method: str = METHOD) -> dict[str, str]:
     """The ``meta`` of a results file."""
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "driver": driver_version(),
         "cuda": str(torch.version.cuda),
         "torch": torch.__version__,
