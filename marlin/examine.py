@@ -15,7 +15,6 @@ from torch import Tensor
 
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.container import DTYPE_NAMES
-from marlin.formats.detect import source_format
 from marlin.formats.errors import Refusal
 from marlin.formats.native import PackedShape
 from marlin.formats.packed import SYMMETRIC_ZERO, Parameters, operands
@@ -140,12 +139,13 @@ def _only_value(zeros: Tensor | None) -> int | None:
 
 def survey(
     checkpoint: Checkpoint,
+    source: SourceFormat,
     dtype: torch.dtype | None = None,
     progress: Callable[[str], object] = lambda name: None,
     sparse: bool = False,
     require_sparse: bool = False,
 ) -> Survey:
-    """Examine every layer of a checkpoint.
+    """Examine every layer of a checkpoint, as its format ``source`` has them.
 
     ``sparse`` asks for 2:4 sparse layers where the weights allow it, ``require_sparse`` everywhere.
 
@@ -153,7 +153,6 @@ def survey(
     is called with the name of each layer done. Raises :class:`CheckpointError` with everything that
     is wrong, in all layers.
     """
-    source = source_format(checkpoint)
     problems: list[str] = []
     warnings: list[str] = []
     layers: dict[str, Layer] = {}

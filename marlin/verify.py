@@ -187,7 +187,7 @@ def verify(dst: str | Path, src: str | Path, *, progress: bool = True) -> Verify
     source, converted = Checkpoint.open(src), Checkpoint.open(dst)
     modules = packed_modules(converted.config)
     check_packed_tensors(converted, modules)
-    found = survey(source, _chosen_dtype(source, converted))
+    found = survey(source, source_format(source), _chosen_dtype(source, converted))
     for name, shape in modules.items():  # which are sparse, the source cannot say
         if name in found.layers:
             found.layers[name] = replace(found.layers[name], sparse=shape.sparse)
