@@ -8,6 +8,7 @@ from marlin.formats.awq_source import AwqFormat
 from marlin.formats.checkpoint import Checkpoint
 from marlin.formats.compressed_tensors_source import CompressedTensorsFormat
 from marlin.formats.gptq_source import GptqFormat
+from marlin.formats.native_source import NativeFormat
 from marlin.formats.source import SourceFormat
 
 FORMATS: dict[object, Callable[[Checkpoint], SourceFormat]] = {
@@ -29,3 +30,18 @@ def source_format(checkpoint: Checkpoint) -> SourceFormat:
         method = "awq"
     make = FORMATS.get(method) if isinstance(method, str) else None
     return GptqFormat(checkpoint) if make is None else make(checkpoint)
+
+
+def is_native(checkpoint: Checkpoint) -> bool:
+    """Whether ``marlin convert`` has written it."""
+    inner = checkpoint.config.get("quantization_config")
+    return (
+        isinstance(inner, Mapping)
+        and inner.get("quant_method") == "marlin"
+        and "format_version" in inner
+    )
+
+
+def readable_format(checkpoint: Checkpoint) -> SourceFormat:
+    """The same, and this package's own format beside those that are converted into it."""
+    return NativeFormat(checkpoint) if is_native(checkpoint) else source_format(checkpoint)
