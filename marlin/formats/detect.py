@@ -9,6 +9,7 @@ from marlin.formats.checkpoint import Checkpoint
 from marlin.formats.compressed_tensors_source import CompressedTensorsFormat
 from marlin.formats.gptq_source import GptqFormat
 from marlin.formats.native_source import NativeFormat
+from marlin.formats.original_marlin_source import OriginalMarlinFormat, says_original_marlin
 from marlin.formats.source import SourceFormat
 
 FORMATS: dict[object, Callable[[Checkpoint], SourceFormat]] = {
@@ -20,15 +21,22 @@ FORMATS: dict[object, Callable[[Checkpoint], SourceFormat]] = {
 def source_format(checkpoint: Checkpoint) -> SourceFormat:
     """The format that ``quantization_config.quant_method`` names, with the checkpoint's settings.
 
-    Without any settings but the file of AWQ tools, AWQ. Anything else is read as GPTQ, which may
-    lack the name and knows why others are refused. Raises :class:`CheckpointError` listing every
-    setting that cannot be read.
+    Without any settings but the file of AWQ tools, AWQ. Settings of GPTQ, or of no name, may say
+    that the packing is the original Marlin kernel's. Anything else is read as GPTQ, which may lack
+    the name and knows why others are refused. Raises :class:`CheckpointError` listing every setting
+    that cannot be read.
     """
     inner = checkpoint.config.get("quantization_config")
     method = inner.get("quant_method") if isinstance(inner, Mapping) else None
     if inner is None and checkpoint.quantize_config is None and checkpoint.quant_config is not None:
         method = "awq"
     make = FORMATS.get(method) if isinstance(method, str) else None
+    if (
+        method in (None, "gptq", "marlin")
+        and not is_native(checkpoint)
+        and says_original_marlin(checkpoint)
+    ):
+        make = OriginalMarlinFormat
     return GptqFormat(checkpoint) if make is None else make(checkpoint)
 
 
