@@ -139,11 +139,14 @@ def change_bytes(path: Path, edits: Iterable[tuple[float, int]]) -> None:
     path.write_bytes(data)
 
 
-def assert_exact_or_refused(root: Path) -> None:
-    """``src`` in a folder of its own is refused, or converted to what it holds; and unchanged."""
+def assert_exact_or_refused(root: Path, run: Callable[..., object] = convert) -> None:
+    """``src`` in a folder of its own is refused, or converted to what it holds; and unchanged.
+
+    ``run``: ``convert`` or ``export``.
+    """
     before = snapshot(root / "src")
     try:
-        convert(root / "src", root / "dst", progress=False)
+        run(root / "src", root / "dst", progress=False)
     except CheckpointError:
         assert [path.name for path in root.iterdir()] == ["src"]
     else:

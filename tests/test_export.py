@@ -30,7 +30,18 @@ from checkpoints import (
     write_checkpoint,
     write_tensors,
 )
-from damage import Damage, assert_refused, poke, put, remove, tensors, text, truncate
+from damage import (
+    Damage,
+    assert_exact_or_refused,
+    assert_refused,
+    change_bytes,
+    poke,
+    put,
+    remove,
+    tensors,
+    text,
+    truncate,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -510,6 +521,40 @@ def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         export(source, tmp_path / "out", progress=False)
     assert len(caught.value.refusals) == 4
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small layers: a byte of each kind of tensor can be hit."""
+    root = tmp_path_factory.mktemp("small")
+    layers = {
+        "a.b": make_layer(64, 8, sym=False, act_order=True, bias=True, seed=1),
+        "a.c": make_sparse(64, 8, sym=False, seed=2),
+    }
+    others = {"norm.weight": torch.ones(4)}
+    write_checkpoint(root / "src", layers, config=gptq_config(sym=False), others=others)
+    convert(root / "src", root / "dst", progress=False, sparse=True)
+    return root / "dst"
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    file=st.sampled_from(["model.safetensors", "model.safetensors", "config.json"]),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1),
+)
+def test_changed_bytes(
+    tmp_path_factory: pytest.TempPathFactory,
+    small: Path,
+    file: str,
+    edits: list[tuple[float, int]],
+) -> None:
+    root = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(small, root / "src")
+    change_bytes(root / "src" / file, edits)
+    assert_exact_or_refused(root, export)
+    shutil.rmtree(root)
 
 
 @pytest.mark.parametrize("step", ["_write_all", "_write_layer", "write_index", "write_file"])

@@ -77,7 +77,7 @@ def read_places(meta: Tensor, layer: str) -> Tensor:
         CheckpointError: they do not rise.
     """
     k, n = COLUMNS * meta.size(0), meta.size(1) // 2
-    quads = nibbles(meta, 4).view(k // 32, n // ROWS, 2, 8, 2, 2, 2, 4)
+    quads = nibbles(meta).view(k // 32, n // ROWS, 2, 8, 2, 2, 2, 4)
     quads = quads.permute(1, 3, 6, 2, 4, 0, 5, 7).reshape(n, k // QUAD)
     places = torch.stack([quads & 3, quads >> 2], -1)
     _check_places(places, layer)

@@ -24,15 +24,16 @@ COL, J, B = 2, 4, 6  # axes of the unpacked words
 _CHUNK, _ROW, _R, _T, _H = 1, 0, 7, 3, 5
 
 
-def nibbles(words: Tensor, count: int) -> Tensor:
-    """Integers of ``count`` nibbles, the lowest first: uint8 ``[*shape, count]``."""
-    return torch.stack([(words >> 4 * i & 15).to(torch.uint8) for i in range(count)], -1)
+def nibbles(words: Tensor) -> Tensor:
+    """Integers as nibbles, the lowest first: uint8 ``[*shape, 2 * bytes]``."""
+    pairs = words.contiguous().view(torch.uint8)  # little-endian bytes
+    return torch.stack([pairs & 15, pairs >> 4], -1).view(*words.shape, -1)
 
 
 def unpack_tiles(words: Tensor, outputs: tuple[int, int, int]) -> Tensor:
     """The integers, uint8 ``[N, K]``; ``outputs``: the parts of n % 64, the slowest first."""
     rows, n = words.size(0), words.size(1) // 2
-    grid = nibbles(words, 8).view(rows, n // ROWS, 8, 4, 4, 2, 2, 2)
+    grid = nibbles(words).view(rows, n // ROWS, 8, 4, 4, 2, 2, 2)
     return grid.permute(_CHUNK, *outputs, _ROW, _R, _T, _H).reshape(n, DEPTH * rows)
 
 
