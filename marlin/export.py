@@ -47,9 +47,9 @@ def export(
 
     ``dry_run``, ``progress``, ``dtype`` and ``shard_bytes`` are those of :func:`marlin.convert`;
     as there, everything is checked before anything is written, and ``dst`` appears complete or not
-    at all. Converting the result gives the same tensors, except that of a 2:4 sparse layer other
-    weights may be stored beside those that are not zero, and that an order of features within the
-    groups which ``convert`` would not have chosen is not kept.
+    at all. Converting the result gives the same tensors, but for two things that change no weight:
+    which zeros a 2:4 sparse layer stores where fewer than two weights of four are not zero, and an
+    order of the features other than that of ``convert``, which keeps them rising within groups.
 
     Raises :class:`~marlin.formats.checkpoint.CheckpointError` with every reason for which the
     checkpoint is refused, :class:`ValueError` for another ``format``, and :class:`OSError` when a

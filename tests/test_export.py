@@ -137,8 +137,8 @@ def test_every_variant_is_exact(
         "marlin", "gptq" if sym else "gptq_v2",
     )  # fmt: skip
     assert report.warnings == [
-        "the scales of 1 layers are bfloat16, and some readers of GPTQ round them to float16; "
-        "dtype float16 stores them so, where that is exact"
+        "bfloat16 scales in 1 of 2 layers: some readers of GPTQ round them to float16; dtype "
+        "float16 stores them so, where that is exact"
     ]
 
 
@@ -202,8 +202,8 @@ def test_sparse_layers_become_the_dense_ones_that_they_equal(tmp_path: Path, sym
     assert_gptq(tmp_path / "out", layers, source.others)
     assert not any(layer.sparse for layer in report.layers)
     assert report.warnings == [
-        "1 layers are 2:4 sparse, for which GPTQ has no form: they are written as the dense layers "
-        "that they equal"
+        "2:4 sparse weights in 1 of 2 layers: GPTQ has no form for them; they are written as the "
+        "dense ones that they equal"
     ]
 
 

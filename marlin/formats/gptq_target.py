@@ -127,17 +127,17 @@ class GptqTarget(TargetFormat):
 
     def warnings(self) -> list[str]:
         found = []
-        other = sum(layer.dtype != torch.float16 for layer in self._layers.values())
-        if other:
+        bf16 = sum(layer.dtype != torch.float16 for layer in self._layers.values())
+        if bf16:
             found.append(
-                f"the scales of {other} layers are bfloat16, and some readers of GPTQ round them "
-                "to float16; dtype float16 stores them so, where that is exact"
+                f"bfloat16 scales in {bf16} of {len(self._layers)} layers: some readers of GPTQ "
+                "round them to float16; dtype float16 stores them so, where that is exact"
             )
-        thinned = sum(layer.source.sparse for layer in self._layers.values())
-        if thinned:
+        sparse = sum(layer.source.sparse for layer in self._layers.values())
+        if sparse:
             found.append(
-                f"{thinned} layers are 2:4 sparse, for which GPTQ has no form: they are written as "
-                "the dense layers that they equal"
+                f"2:4 sparse weights in {sparse} of {len(self._layers)} layers: GPTQ has no form "
+                "for them; they are written as the dense ones that they equal"
             )
         return found
 
