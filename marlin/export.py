@@ -16,10 +16,11 @@ import torch
 from tqdm import tqdm
 
 from marlin._conversion_report import ConversionReport
-from marlin.examine import survey
+from marlin.examine import quantized_layers, survey
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.gptq_target import GptqTarget
 from marlin.formats.native_source import NativeFormat
+from marlin.formats.source import collected
 from marlin.formats.target import TargetFormat
 from marlin.rewrite import SHARD_BYTES, Rewrite, open_source
 
@@ -61,10 +62,15 @@ def export(
     kind = TARGETS[format]
     destination = Path(os.path.abspath(dst))
     checkpoint = open_source(src, destination, dtype, shard_bytes)
+    source = NativeFormat(checkpoint)
+    stored = quantized_layers(checkpoint, source)
+    problems = [problem for layer in stored.values() for problem in kind.problems(layer)]
     silent = not (progress and sys.stderr.isatty())
-    with tqdm(desc="examining", unit="layer", disable=silent, leave=False) as bar:
-        found = survey(checkpoint, NativeFormat(checkpoint), dtype, lambda name: bar.update())
-    problems = [problem for layer in found.layers.values() for problem in kind.problems(layer)]
+    with (
+        collected(problems),
+        tqdm(desc="examining", unit="layer", disable=silent, leave=False) as bar,
+    ):
+        found = survey(checkpoint, source, dtype, lambda name: bar.update())
     if problems:
         raise CheckpointError(problems, where=checkpoint.directory)
     layers = {name: replace(layer, sparse=False) for name, layer in found.layers.items()}

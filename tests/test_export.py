@@ -359,6 +359,12 @@ def test_what_gptq_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
         ]
         assert all("must be a multiple of 8; keep" in reason for reason in reasons)
     assert snapshot(tmp_path) == before
+    damaged = read_all(tmp_path / "dst")
+    damaged["a.fits.scales"][0, 0] = float("nan")  # what is wrong with values is said, too
+    write_tensors(tmp_path / "dst", damaged)
+    with pytest.raises(CheckpointError, match=r"a\.fits: scales: got nan") as caught:
+        export(tmp_path / "dst", tmp_path / "out", progress=False)
+    assert len(caught.value.refusals) == 5
 
 
 def test_arguments(tmp_path: Path) -> None:

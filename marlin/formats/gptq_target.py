@@ -20,6 +20,7 @@ from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.container import DTYPE_NAMES
 from marlin.formats.packed import SYMMETRIC_ZERO
 from marlin.formats.shards import Entry
+from marlin.formats.source import SourceLayer
 from marlin.formats.target import TargetFormat
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ class GptqTarget(TargetFormat):
         self._group_size = sizes.most_common(1)[0][0]
 
     @staticmethod
-    def problems(layer: Layer) -> list[str]:
+    def problems(layer: SourceLayer) -> list[str]:
         sizes = {
-            "in_features": (layer.source.in_features, "weights of 8 input features"),
-            "out_features": (layer.source.out_features, "zero points of 8 output features"),
+            "in_features": (layer.in_features, "weights of 8 input features"),
+            "out_features": (layer.out_features, "zero points of 8 output features"),
         }
         return [
             f"{layer.name}: {name}: got {size}; GPTQ packs the {what} into a word, so it must be a "

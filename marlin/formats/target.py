@@ -13,6 +13,7 @@ from torch import Tensor
 
 from marlin.formats.checkpoint import Checkpoint
 from marlin.formats.shards import Entry
+from marlin.formats.source import SourceLayer
 
 if TYPE_CHECKING:
     from marlin.examine import Layer
@@ -33,8 +34,8 @@ class TargetFormat(ABC):
 
     @staticmethod
     @abstractmethod
-    def problems(layer: Layer) -> list[str]:
-        """Why the format cannot hold a layer."""
+    def problems(layer: SourceLayer) -> list[str]:
+        """Why the format cannot hold a layer; its values are not read."""
 
     @abstractmethod
     def entries(self, layer: Layer) -> list[Entry]:
