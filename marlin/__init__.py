@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from marlin import _library as _library  # loads torch.ops.marlin
 from marlin.convert import ConversionReport, convert
+from marlin.export import export
 from marlin.formats.checkpoint import CheckpointError
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
@@ -27,6 +28,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "convert",
+    "export",
     "load",
     "replace_linear",
     "verify",

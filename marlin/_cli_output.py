@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from marlin.convert import ConversionReport
+from marlin._conversion_report import ConversionReport
 from marlin.verify import VerifyReport
 
 SHOWN_MISMATCHES = 20
@@ -61,10 +61,18 @@ def print_conversion(report: ConversionReport) -> None:
     others = f"{report.other_tensors} other tensors"
     sizes = f"{_megabytes(report.bytes_before)} MB -> {_megabytes(report.bytes_after)} MB"
     files = f"{len(report.shards)} shard{'s' if len(report.shards) != 1 else ''}"
+    exported = report.destination_format != "marlin"
+    verb, as_what = ("export", f", as {report.destination_format}") if exported else ("convert", "")
     if report.dry_run:
-        print(f"would convert {counts} and copy {others}: {sizes}, {files}; nothing was written")
+        print(
+            f"would {verb} {counts} and copy {others}: {sizes}, {files}{as_what}; nothing was "
+            "written"
+        )
     else:
-        print(f"converted {counts} and copied {others}: {sizes}, {files}, {report.seconds:.1f} s")
+        print(
+            f"{verb}ed {counts} and copied {others}: {sizes}, {files}{as_what}, "
+            f"{report.seconds:.1f} s"
+        )
         print(f"written to {report.destination}")
     if asked_for_sparse:
         dense = [layer for layer in report.layers if not layer.sparse]

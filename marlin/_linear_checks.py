@@ -18,6 +18,7 @@ OPTIONAL = ("zeros", "perm", "bias")  # each a flag of the constructor
 FOREIGN = {
     "weight": "an unquantised layer: load it into nn.Linear, then quantise with replace_linear",
     "qzeros": "a GPTQ or AWQ layer: convert it with `marlin convert`, from_gptq or from_awq",
+    "B": "a layer of the original Marlin kernel: convert it with from_original_marlin",
     "weight_packed": "a compressed-tensors layer: convert it with from_compressed_tensors",
 }
 OF_THE_OTHER_KIND = {

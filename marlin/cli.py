@@ -1,4 +1,4 @@
-"""The ``marlin`` command: convert, verify, plan, env.
+"""The ``marlin`` command: convert, export, verify, plan, env.
 
 Exit codes: 0 done, 1 failed or different, 2 the input was refused or the command line is wrong, 130
 interrupted.
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from marlin._cli_output import print_conversion, print_plans, print_verification
-from marlin.convert import SHARD_BYTES, convert
+from marlin.convert import SHARD_BYTES, ConversionReport, convert
 from marlin.environment import environment
+from marlin.export import TARGETS, export
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.gptq_config import GROUP_SIZES
 from marlin.verify import verify
@@ -76,11 +77,29 @@ def _run_convert(arguments: argparse.Namespace) -> int:
         sparse=arguments.sparse,
         require_sparse=arguments.require_sparse,
     )
-    if arguments.json:
+    _print_report(report, arguments.json)
+    return 0
+
+
+def _run_export(arguments: argparse.Namespace) -> int:
+    report = export(
+        arguments.src,
+        arguments.dst,
+        format=arguments.format,
+        dry_run=arguments.dry_run,
+        progress=not arguments.json,
+        dtype=DTYPES.get(arguments.dtype),
+        shard_bytes=arguments.shard_size,
+    )
+    _print_report(report, arguments.json)
+    return 0
+
+
+def _print_report(report: ConversionReport, as_json: bool) -> None:
+    if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         print_conversion(report)
-    return 0
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
@@ -174,6 +193,20 @@ def _version() -> str:
         return "unknown (not installed)"
 
 
+def _add_rewrite_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("src", metavar="SRC", help="folder of the checkpoint; it is not changed")
+    command.add_argument(
+        "dst", metavar="DST", help="folder to create; it must not exist, or be empty"
+    )
+    command.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of scales and biases (default: theirs)"
+    )
+    command.add_argument(
+        "--shard-size", type=_size, default=SHARD_BYTES, help="largest output file (default: 2GB)"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="marlin", description="4-bit weights for fast matrix products."
@@ -188,17 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("convert", help="convert a quantized checkpoint")
-    command.add_argument("src", metavar="SRC", help="folder of the checkpoint; it is not changed")
-    command.add_argument(
-        "dst", metavar="DST", help="folder to create; it must not exist, or be empty"
-    )
-    command.add_argument("--dry-run", action="store_true", help="check everything, write nothing")
-    command.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of scales and biases (default: theirs)"
-    )
-    command.add_argument(
-        "--shard-size", type=_size, default=SHARD_BYTES, help="largest output file (default: 2GB)"
-    )
+    _add_rewrite_arguments(command)
     command.add_argument(
         "--sparse", action="store_true", help="store layers whose weights are 2:4 as 2:4 sparse"
     )
@@ -207,10 +230,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_run_convert)
 
-    command = commands.add_parser(
-        "verify", help="compare a converted checkpoint with its source, exactly"
+    command = commands.add_parser("export", help="turn a converted checkpoint back into GPTQ")
+    _add_rewrite_arguments(command)
+    command.add_argument(
+        "--format", choices=TARGETS, default="gptq", help="what to write (default: gptq)"
     )
-    command.add_argument("dst", metavar="DST", help="the converted checkpoint")
+    command.set_defaults(run=_run_export)
+
+    command = commands.add_parser(
+        "verify", help="compare a converted or exported checkpoint with its source, exactly"
+    )
+    command.add_argument("dst", metavar="DST", help="the converted or exported checkpoint")
     command.add_argument(
         "--against", metavar="SRC", required=True, help="the checkpoint it was made from"
     )

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.container import DTYPE_NAMES
-from marlin.formats.detect import source_format
 from marlin.formats.errors import Refusal
 from marlin.formats.native import PackedShape
 from marlin.formats.packed import SYMMETRIC_ZERO, Parameters, operands
 from marlin.formats.shards import Entry
-from marlin.formats.source import SourceFormat, SourceLayer
+from marlin.formats.source import SourceFormat, SourceLayer, collected
 from marlin.formats.sparse import order_problem, sparsity_problem, used_codes
 
 REQUIRE_OPTION = "--sparse in place of --require-sparse leaves such layers dense"
@@ -92,6 +91,31 @@ def _modules(checkpoint: Checkpoint, source: SourceFormat) -> dict[str, list[str
     }
 
 
+def _layer(
+    checkpoint: Checkpoint, source: SourceFormat, name: str, leaves: list[str]
+) -> SourceLayer:
+    if not name:
+        raise CheckpointError(
+            f"{', '.join(leaves)} belong to no named module; prefix them with one"
+        )
+    return source.layer(checkpoint, name, leaves)
+
+
+def quantized_layers(checkpoint: Checkpoint, source: SourceFormat) -> dict[str, SourceLayer]:
+    """Every quantized layer in reading order; no values are read.
+
+    Raises :class:`CheckpointError` with all that is wrong with their tensors' dtypes and shapes.
+    """
+    problems: list[str] = []
+    layers: dict[str, SourceLayer] = {}
+    for name, leaves in _modules(checkpoint, source).items():
+        with collected(problems):
+            layers[name] = _layer(checkpoint, source, name, leaves)
+    if problems:
+        raise CheckpointError(problems, where=checkpoint.directory)
+    return layers
+
+
 def _examine_layer(
     checkpoint: Checkpoint,
     source: SourceFormat,
@@ -101,11 +125,7 @@ def _examine_layer(
     sparse: bool,
     warnings: list[str],
 ) -> Layer:
-    if not name:
-        raise CheckpointError(
-            f"{', '.join(leaves)} belong to no named module; prefix them with one"
-        )
-    layer = source.layer(checkpoint, name, leaves)
+    layer = _layer(checkpoint, source, name, leaves)
     rest = layer.parameters(dtype)
     warning = layer.warning(rest)
     if warning:
@@ -140,12 +160,13 @@ def _only_value(zeros: Tensor | None) -> int | None:
 
 def survey(
     checkpoint: Checkpoint,
+    source: SourceFormat,
     dtype: torch.dtype | None = None,
     progress: Callable[[str], object] = lambda name: None,
     sparse: bool = False,
     require_sparse: bool = False,
 ) -> Survey:
-    """Examine every layer of a checkpoint.
+    """Examine every layer of a checkpoint, as its format ``source`` has them.
 
     ``sparse`` asks for 2:4 sparse layers where the weights allow it, ``require_sparse`` everywhere.
 
@@ -153,16 +174,13 @@ def survey(
     is called with the name of each layer done. Raises :class:`CheckpointError` with everything that
     is wrong, in all layers.
     """
-    source = source_format(checkpoint)
     problems: list[str] = []
     warnings: list[str] = []
     layers: dict[str, Layer] = {}
     modules = _modules(checkpoint, source)
     for name, leaves in modules.items():
-        try:
+        with collected(problems):
             layers[name] = _examine_layer(checkpoint, source, name, leaves, dtype, sparse, warnings)
-        except CheckpointError as error:
-            problems += error.refusals
         progress(name)
     if require_sparse:
         problems += [

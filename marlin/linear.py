@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from marlin._packed_linear import PackedLinear
-from marlin.formats.packed import PackedWeight
+from marlin.formats.original_marlin import read_original_marlin
+from marlin.formats.packed import PackedWeight, cast_bias
 
 
 class MarlinLinear(PackedLinear):
@@ -20,10 +21,11 @@ class MarlinLinear(PackedLinear):
     The input has a gradient; the weight is frozen, so the layer has buffers and no parameters.
 
     A new layer is all zeros, to be filled by ``load_state_dict``; ``from_linear``, ``from_gptq``,
-    ``from_awq`` and ``from_compressed_tensors`` make one from weights. K and N cannot be told from
-    the padded ``qweight``: a state dict, also through ``torch.save``, carries them beside the
-    tensors, and loading into a layer of other sizes is refused. A bare safetensors file does not
-    carry them; :func:`marlin.load` reads them from the checkpoint's ``config.json``.
+    ``from_awq``, ``from_compressed_tensors`` and ``from_original_marlin`` make one from weights. K
+    and N cannot be told from the padded ``qweight``: a state dict, also through ``torch.save``,
+    carries them beside the tensors, and loading into a layer of other sizes is refused. A bare
+    safetensors file does not carry them; :func:`marlin.load` reads them from the checkpoint's
+    ``config.json``.
 
     Attributes:
         qweight: int32 ``[ceil(N/64), ceil(K/64), 512]``, the packed codes.
@@ -120,6 +122,25 @@ class MarlinLinear(PackedLinear):
                 "marlin.replace_linear(model) for a whole model"
             )
         return cls._rounded(linear, group_size, symmetric, dtype)
+
+    @classmethod
+    def from_original_marlin(
+        cls,
+        B: Tensor,
+        s: Tensor,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        layer: str = "",
+    ) -> MarlinLinear:
+        """A layer from the tensors ``B`` and ``s`` of the original Marlin kernel, exactly.
+
+        Shapes and errors: :func:`marlin.formats.original_marlin.read_original_marlin`; ``dtype``
+        and ``layer``: as for ``from_gptq``.
+        """
+        packed = read_original_marlin(B, s, dtype=dtype, layer=layer)
+        bias = cast_bias(bias, packed.scales.dtype, dtype, layer)
+        return cls._around(packed._replace(bias=bias), layer)
 
     @classmethod
     def _around(cls, packed: PackedWeight, layer: str = "") -> MarlinLinear:

@@ -1,16 +1,16 @@
-"""Compare a converted checkpoint with the one it was made from, exactly and layer by layer.
+"""Compare two checkpoints of the same quantized model, exactly and layer by layer.
 
-Nothing is approximate: the packed integers are unpacked and compared with the source's, and so are
-scales, zero points, the order of the features, biases (rounded, where the conversion was asked to,
-to the dtype of the scales), and every byte of every other tensor. Files that are not tensors, such
-as a tokenizer, are not compared.
+One was made from the other by ``convert`` or ``export``. Nothing is approximate: the packed
+integers of both are unpacked and compared, and so are scales, zero points, the groups of the
+features, biases (rounded, where the conversion was asked to, to the dtype of the scales), and every
+byte of every other tensor. Files that are not tensors, such as a tokenizer, are not compared.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marlin.examine import Survey, survey
-from marlin.formats.checkpoint import Checkpoint
-from marlin.formats.detect import source_format
-from marlin.formats.native import PackedShape, check_packed_tensors, packed_modules
+from marlin.examine import Survey, quantized_layers, survey
+from marlin.formats.checkpoint import Checkpoint, CheckpointError
+from marlin.formats.detect import readable_format
 from marlin.formats.packed import COMPUTE_DTYPES, SYMMETRIC_ZERO
-from marlin.formats.source import SourceLayer
-from marlin.formats.sparse import places_problem, zero_codes
+from marlin.formats.source import SourceFormat, SourceLayer
 
 
 @dataclass(frozen=True)
@@ -67,58 +65,45 @@ def _first_difference(got: Tensor, want: Tensor) -> tuple[int, ...] | None:
     return tuple(int(i) for i in (got != want).nonzero()[0])
 
 
-def _differences(source: SourceLayer, dst: Checkpoint, shape: PackedShape) -> Iterator[str]:
-    name, k, n, groups = source.name, shape.in_features, shape.out_features, source.groups
-    g_idx = source.group_of_feature()
-    perm_name, zeros_name = f"{name}.perm", f"{name}.zeros"
-    perm = dst.read(perm_name).long() if perm_name in dst.tensors else torch.arange(k)
-    if not torch.equal(perm.sort().values, torch.arange(k)):
-        yield f"{name}: perm is not a permutation of 0..{k - 1}"
+def _differences(got: SourceLayer, want: SourceLayer) -> Iterator[str]:
+    name = want.name
+    damage = got.weight_problems()
+    if damage:
+        yield from damage
         return
-    sorted_groups = (
-        torch.arange(k) // source.group_size if groups > 1 else torch.zeros(k, dtype=torch.long)
-    )
-    at = _first_difference(g_idx[perm], sorted_groups)
+    got_groups, want_groups = got.group_of_feature(), want.group_of_feature()
+    at = _first_difference(got_groups, want_groups)
     if at is not None:
-        column = int(perm[at[0]])
-        got_group, want_group = int(g_idx[column]), int(sorted_groups[at])
-        yield f"{name}: input feature {column} is in group {got_group}, packed into {want_group}"
-    want = source.codes()[:, perm]
-    want_zeros = source.zeros()
-    if shape.sparse:
-        places = dst.read(f"{name}.places")
-        problem = places_problem(places)
-        if problem:
-            yield f"{name}: {problem}"
-            return
-        got, stored = torch.ops.marlin.unpack_24(dst.read(f"{name}.qweight"), places, n, k)
-        got = torch.where(stored, got, zero_codes(want_zeros, k))
-    else:
-        got = torch.ops.marlin.unpack(dst.read(f"{name}.qweight"), n, k)
-    at = _first_difference(got, want)
+        yield f"{name}: input feature {at[0]} is in group {got_groups[at]}, want {want_groups[at]}"
+    got_codes, want_codes = got.codes(), want.codes()
+    at = _first_difference(got_codes, want_codes)
     if at is not None:
-        column = int(perm[at[1]])
-        yield f"{name}: weight row {at[0]}, column {column} is {int(got[at])}, want {int(want[at])}"
-    del got, want
-    eight = torch.full((groups, n), SYMMETRIC_ZERO, dtype=torch.uint8)
+        row, column = at
+        yield (
+            f"{name}: weight row {row}, column {column} is {got_codes[at]}, want {want_codes[at]}"
+        )
+    del got_codes, want_codes
     pairs = {
-        "scales": (dst.read(f"{name}.scales"), source.scales()),
-        "zeros": (
-            dst.read(zeros_name) if zeros_name in dst.tensors else eight,
-            eight if want_zeros is None else want_zeros,
-        ),
+        "scales": (got.scales(), want.scales()),
+        "zeros": (_zero_points(got), _zero_points(want)),
     }
-    bias, stored_bias = source.bias(), f"{name}.bias"
-    if (bias is not None) != (stored_bias in dst.tensors):
-        yield f"{name}: bias is {'not in the source' if bias is None else 'missing'}"
-    elif bias is not None:
-        stored = dst.read(stored_bias)
-        pairs["bias"] = (stored, bias.to(stored.dtype))
+    got_bias, want_bias = got.bias(), want.bias()
+    if got_bias is not None and want_bias is not None:
+        pairs["bias"] = (got_bias, want_bias.to(got_bias.dtype))
+    elif got_bias is not want_bias:
+        yield f"{name}: bias is {'not in the source' if want_bias is None else 'missing'}"
     for leaf, (found, expected) in pairs.items():
         at = _first_difference(found, expected)
         if at is not None:
             place = f"column {at[0]}" if leaf == "bias" else f"row {at[0]} (group), column {at[1]}"
             yield f"{name}: {leaf} {place} is {found[at].item()}, want {expected[at].item()}"
+
+
+def _zero_points(layer: SourceLayer) -> Tensor:
+    zeros = layer.zeros()
+    if zeros is not None:
+        return zeros
+    return torch.full((layer.groups, layer.out_features), SYMMETRIC_ZERO, dtype=torch.uint8)
 
 
 def _other_differences(name: str, src: Checkpoint, dst: Checkpoint) -> Iterator[str]:
@@ -137,73 +122,88 @@ def _other_differences(name: str, src: Checkpoint, dst: Checkpoint) -> Iterator[
             position += len(ours)
 
 
-def _structure(found: Survey, dst: Checkpoint, modules: dict[str, PackedShape]) -> Iterator[str]:
+def _sizes(layer: SourceLayer) -> str:
+    return (
+        f"in_features={layer.in_features}, out_features={layer.out_features}, "
+        f"group_size={layer.group_size}"
+    )
+
+
+def _structure(found: Survey, layers: Mapping[str, SourceLayer], dst: Checkpoint) -> Iterator[str]:
     """Layers and tensors that are in one of the two only, or of other sizes."""
     for name, layer in found.layers.items():
-        if name not in modules:
-            yield f"{name}: quantized in the source, not listed in the converted config"
-        elif modules[name] != layer.shape:
-            yield f"{name}: config says {modules[name]}, want {layer.shape}"
+        if name not in layers:
+            yield f"{name}: quantized in the source, not in {dst.directory}"
+        elif _sizes(layers[name]) != _sizes(layer.source):
+            yield f"{name}: is {_sizes(layers[name])}, want {_sizes(layer.source)}"
     yield from (
         f"{name}: not a quantized layer of the source"
-        for name in modules
+        for name in layers
         if name not in found.layers
     )
-    expected = {entry.name for layer in found.layers.values() for entry in layer.entries()} | set(
-        found.others
-    )
-    optional = {f"{name}.{leaf}" for name in found.layers for leaf in ("zeros", "perm", "bias")}
+    expected = set(found.others)
     yield from (
-        f"{name}: not in the source" for name in dst.tensors if name not in expected | optional
+        f"{name}: not in the source"
+        for name in dst.tensors
+        if name not in expected and name.rpartition(".")[0] not in layers
     )
 
 
-def _chosen_dtype(src: Checkpoint, dst: Checkpoint) -> torch.dtype | None:
-    """The ``--dtype`` of the conversion: it matters only where the source's scales are float32, or
-    a bias has another dtype than they.
+def _chosen_dtype(
+    source: SourceFormat, src: Checkpoint, layers: Mapping[str, SourceLayer]
+) -> torch.dtype | None:
+    """The ``--dtype`` of the conversion into ``layers``: it matters only where the source's scales
+    are float32, or a bias has another dtype than they.
     """
-    leaves = source_format(src).scale_leaves
     scales = {
         name.rpartition(".")[0]: info.dtype
         for name, info in src.tensors.items()
-        if name.rpartition(".")[2] in leaves
+        if name.rpartition(".")[2] in source.scale_leaves
     }
     biases = {f"{name}.bias": dtype for name, dtype in scales.items()}
     if "F32" not in scales.values() and not any(
         name in src.tensors and src.tensors[name].dtype != dtype for name, dtype in biases.items()
     ):
         return None
-    stored = {info.torch_dtype for name, info in dst.tensors.items() if name.endswith(".scales")}
+    stored = {
+        layer.checkpoint.tensors[f"{name}.{layer.scale_leaf}"].torch_dtype
+        for name, layer in layers.items()
+    }
     return next((dtype for dtype in COMPUTE_DTYPES if dtype in stored), None)
 
 
 def verify(dst: str | Path, src: str | Path, *, progress: bool = True) -> VerifyReport:
-    """Compare the converted checkpoint ``dst`` with its source ``src``, both read only.
+    """Compare the checkpoint ``dst`` with ``src``, from which it was made, both read only.
+
+    One is converted and the other its source, or exported from it; any two formats of
+    :mod:`marlin.formats.detect` can be compared.
 
     Returns a report whose ``mismatches`` names the layer, row (output feature) and column (input
     feature) of the first difference of each tensor. Raises
-    :class:`~marlin.formats.checkpoint.CheckpointError` when either cannot be read.
+    :class:`~marlin.formats.checkpoint.CheckpointError` when either cannot be read, or both are one.
     """
-    source, converted = Checkpoint.open(src), Checkpoint.open(dst)
-    modules = packed_modules(converted.config)
-    check_packed_tensors(converted, modules)
-    found = survey(source, _chosen_dtype(source, converted))
-    for name, shape in modules.items():  # which are sparse, the source cannot say
-        if name in found.layers:
-            found.layers[name] = replace(found.layers[name], sparse=shape.sparse)
-    mismatches = list(_structure(found, converted, modules))
+    if Path(src).resolve() == Path(dst).resolve():
+        raise CheckpointError(
+            f"{dst} would be compared with itself; give the checkpoint that it was made from"
+        )
+    source, made = Checkpoint.open(src), Checkpoint.open(dst)
+    layers_made = quantized_layers(made, readable_format(made))
+    format_of_source = readable_format(source)
+    dtype = _chosen_dtype(format_of_source, source, layers_made)
+    found = survey(source, format_of_source, dtype)
+    mismatches = list(_structure(found, layers_made, made))
     layers: list[LayerResult] = []
     silent = not (progress and sys.stderr.isatty())
     for name, layer in tqdm(
         found.layers.items(), desc="verifying", unit="layer", disable=silent, leave=False
     ):
-        if modules.get(name) != layer.shape:
+        if name not in layers_made or _sizes(layers_made[name]) != _sizes(layer.source):
             differences = ["its sizes differ"]
         else:
-            differences = list(_differences(layer.source, converted, modules[name]))
+            differences = list(_differences(layers_made[name], layer.source))
             mismatches += differences
         weights = layer.source.in_features * layer.source.out_features
         layers.append(LayerResult(name, weights, differences[0] if differences else None))
     for name in found.others:
-        mismatches += _other_differences(name, source, converted)
+        mismatches += _other_differences(name, source, made)
     return VerifyReport(str(src), str(dst), layers, len(found.others), mismatches)

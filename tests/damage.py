@@ -108,21 +108,27 @@ def several(*damages: Damage) -> Damage:
     return damage
 
 
-def assert_refused(tmp_path: Path, valid: Path, damage: Damage, reason: str) -> None:
+def assert_refused(
+    tmp_path: Path,
+    valid: Path,
+    damage: Damage,
+    reason: str,
+    run: Callable[..., object] = convert,
+) -> None:
     """A damaged copy of ``valid`` is refused for ``reason``, a dry run says the same, and nothing
-    is written."""
+    is written. ``run``: ``convert`` or ``export``."""
     source = tmp_path / "src"
     shutil.copytree(valid, source)
     damage(source)
     before = snapshot(tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        convert(source, tmp_path / "dst", progress=False)
+        run(source, tmp_path / "dst", progress=False)
     assert re.search(reason, str(caught.value), re.DOTALL), str(caught.value)
     assert len(str(caught.value)) < 4000
     assert snapshot(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
     with pytest.raises(CheckpointError, match=re.escape(str(caught.value))):
-        convert(source, tmp_path / "dst", progress=False, dry_run=True)
+        run(source, tmp_path / "dst", progress=False, dry_run=True)
 
 
 def change_bytes(path: Path, edits: Iterable[tuple[float, int]]) -> None:
@@ -133,11 +139,14 @@ def change_bytes(path: Path, edits: Iterable[tuple[float, int]]) -> None:
     path.write_bytes(data)
 
 
-def assert_exact_or_refused(root: Path) -> None:
-    """``src`` in a folder of its own is refused, or converted to what it holds; and unchanged."""
+def assert_exact_or_refused(root: Path, run: Callable[..., object] = convert) -> None:
+    """``src`` in a folder of its own is refused, or converted to what it holds; and unchanged.
+
+    ``run``: ``convert`` or ``export``.
+    """
     before = snapshot(root / "src")
     try:
-        convert(root / "src", root / "dst", progress=False)
+        run(root / "src", root / "dst", progress=False)
     except CheckpointError:
         assert [path.name for path in root.iterdir()] == ["src"]
     else:

@@ -448,16 +448,17 @@ def test_kill_leaves_all_or_nothing(tmp_path: Path) -> None:
 def test_kill_at_each_step(tmp_path: Path, step: str) -> None:
     """The same at chosen moments: the process kills itself on entering a step."""
     places = {
-        "mkdir": ("sys.modules['marlin.convert']", "_write_all"),
-        "header": ("sys.modules['marlin.convert']", "_write_layer"),
-        "layer": ("sys.modules['marlin.convert']", "write_index"),
-        "config": ("sys.modules['marlin.convert']", "_new_config"),
+        "mkdir": ("marlin.rewrite.Rewrite", "_write_all"),
+        "header": ("marlin.rewrite", "_write_layer"),
+        "layer": ("marlin.rewrite", "write_index"),
+        "config": ("marlin.rewrite", "write_file"),
         "rename": ("pathlib.Path", "rename"),
     }
     source = write_checkpoint(tmp_path / "src")
     place, name = places[step]
     code = (
         "import os, sys, pathlib\n"
+        "import marlin.rewrite\n"
         "from marlin.convert import convert\n"
         f"place = {place}\n"
         f"place.{name} = lambda *a, **k: os.kill(os.getpid(), 9)\n"

@@ -200,7 +200,15 @@ CASES: dict[str, tuple[Damage, str]] = {
     "own method": (config(quant_method="marlin", format_version=1), "own format already"),
     "method is a list": (config(quant_method=["gptq"]), "not a name"),
     "marlin format": (config(checkpoint_format="marlin"), "original Marlin kernel"),
-    "is_marlin_format": (config(is_marlin_format=True), "is_marlin_format is True"),
+    "is_marlin_format": (
+        config(is_marlin_format=True),
+        "checkpoint_format: got 'gptq' with the packing of the original Marlin kernel",
+    ),
+    "is_marlin_format as text": (config(is_marlin_format="yes"), "it must be true or false"),
+    "original marlin, other tensors": (
+        config(quant_method="marlin", group_size=128, checkpoint_format=None),
+        r"no tensor is called <module>\.B, as the format original-marlin has it",
+    ),
     "bitblas": (config(checkpoint_format="bitblas"), "BitBLAS"),
     "planar": (config(checkpoint_format="gptq_p"), "planar packing"),
     "exllama": (config(checkpoint_format=None, format="exl2"), "ExLlamaV2"),

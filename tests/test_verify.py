@@ -79,5 +79,13 @@ class TestVerify:
         assert any("not a quantized layer of the source" in text for text in report.mismatches)
 
     def test_swapped_arguments(self, pair: tuple[Path, Path]) -> None:
-        with pytest.raises(CheckpointError, match=r"quant_method is 'gptq', not 'marlin'"):
-            verify(pair[1], pair[0], progress=False)
+        """It is a comparison of two checkpoints: which was made from which does not matter."""
+        dst, src = pair
+        assert verify(src, dst, progress=False).equal
+        self.change(src, "z.act.g_idx")
+        assert not verify(src, dst, progress=False).equal
+
+    def test_unquantized(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+        (pair[0] / "config.json").write_text("{}")
+        with pytest.raises(CheckpointError, match="not a quantized checkpoint"):
+            verify(pair[0], pair[1], progress=False)

@@ -1,7 +1,8 @@
 """Checkpoint formats: one module each, with its configuration and its pure tensor functions.
 
-Those of which whole checkpoints are converted have a ``_source`` module, too: see
-:mod:`marlin.formats.source`.
+Those of which whole checkpoints are converted have a ``_source`` module, too, and those to which
+they are exported a ``_target`` module: see :mod:`marlin.formats.source` and
+:mod:`marlin.formats.target`.
 """
 
 from __future__ import annotations

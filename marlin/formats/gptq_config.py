@@ -126,7 +126,7 @@ def _settings(values: Mapping[str, Any], carry: bool, where: str) -> tuple[GptqS
     if values.get("is_marlin_format", False) is not False:
         problems.append(
             f"{where}: is_marlin_format is {values['is_marlin_format']!r} "
-            f"({OTHER_FORMATS['marlin']}); convert the GPTQ checkpoint that it was made from"
+            f"({OTHER_FORMATS['marlin']}); it must be true or false"
         )
     pack_dtype = values.get("pack_dtype", "int32")
     if pack_dtype not in ("int32", "torch.int32"):
@@ -183,15 +183,10 @@ def _rules(dynamic: Any, where: str, problems: list[str]) -> list[_Rule]:
     return sorted(rules, key=lambda rule: not rule.excluded)  # stable: excluding rules first
 
 
-def parse_gptq_config(
-    config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None = None
-) -> GptqConfig:
-    """Parse ``config.json`` and, when there is one, ``quantize_config.json``.
-
-    Raises :class:`CheckpointError` listing every setting that is missing, malformed, unsupported,
-    or different in the two places.
-    """
-    problems: list[str] = []
+def _sources(
+    config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The places that hold settings, with their names."""
     sources: list[tuple[str, Mapping[str, Any]]] = []
     inner = config.get("quantization_config")
     if inner is not None:
@@ -205,7 +200,20 @@ def parse_gptq_config(
             "config.json has no quantization_config and there is no quantize_config.json: not a "
             "quantized checkpoint"
         )
+    return sources
+
+
+def merged_settings(
+    config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], str, list[str]]:
+    """The settings of both places under their canonical names, how messages call the place, and
+    what is wrong: aliases and places that disagree.
+
+    Raises :class:`CheckpointError` when there are none.
+    """
+    problems: list[str] = []
     values: dict[str, Any] = {}
+    sources = _sources(config, quantize_config)
     for where, source in sources:
         found = _normalized(source, where, problems)
         if "quant_method" not in found and ("zero_point" in source or "version" in source):
@@ -220,8 +228,19 @@ def parse_gptq_config(
             if key in values and values[key] != value
         ]
         values = {**found, **values}
-    where = sources[0][0]
-    carry = any(_written_by_gptqmodel(source) for _, source in sources)
+    return values, sources[0][0], problems
+
+
+def parse_gptq_config(
+    config: Mapping[str, Any], quantize_config: Mapping[str, Any] | None = None
+) -> GptqConfig:
+    """Parse ``config.json`` and, when there is one, ``quantize_config.json``.
+
+    Raises :class:`CheckpointError` listing every setting that is missing, malformed, unsupported,
+    or different in the two places.
+    """
+    values, where, problems = merged_settings(config, quantize_config)
+    carry = any(_written_by_gptqmodel(source) for _, source in _sources(config, quantize_config))
     problems += _settings(values, carry, where)[1]
     rules = _rules(values.get("dynamic"), where, problems)
     if problems:

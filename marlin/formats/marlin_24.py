@@ -1,10 +1,9 @@
 """``marlin-24`` layers of compressed-tensors: 2:4 sparse 4-bit weights in another kernel's packing.
 
 Shapes: K input features, N output features, G groups. Of the stored weights, K/2 a row,
-``weight_packed`` int32 ``[K/32, 2N]`` has in row k' // 16 those of 16 neighbouring stored columns
-k', and in word (c, col, t, j) of it, c = n // 64, the nibble f = 4h + 2b + r:
+``weight_packed`` int32 ``[K/32, 2N]`` has the words of :mod:`marlin.formats.tiles` with
 
-    n = 64 c + 8 col + 4 b + j        k' = 16 row + 8 r + 2 t + h       (t, j: 0..3, col: 0..7)
+    n = 64 c + 8 col + 4 b + j
 
 ``meta`` int16 ``[K/32, 2N]`` has the places of four quads in a word, a nibble each, as in our own
 ``places``: word (c, b2, a, b1, s, b4) of row k // 32 is of
@@ -29,10 +28,19 @@ from marlin.formats.packed import (
     label,
 )
 from marlin.formats.sparse import QUAD, pack_used
+from marlin.formats.tiles import (
+    COL,
+    GROUP,
+    ROWS,
+    B,
+    J,
+    device_problems,
+    nibbles,
+    scale_problems,
+    unpack_tiles,
+)
 
-ROWS = 64  # output features and
 COLUMNS = 32  # input features that the packing is in multiples of
-GROUP = 128
 
 
 def read_marlin_24(
@@ -69,7 +77,7 @@ def read_places(meta: Tensor, layer: str) -> Tensor:
         CheckpointError: they do not rise.
     """
     k, n = COLUMNS * meta.size(0), meta.size(1) // 2
-    quads = _nibbles(meta, 4).view(k // 32, n // ROWS, 2, 8, 2, 2, 2, 4)
+    quads = nibbles(meta).view(k // 32, n // ROWS, 2, 8, 2, 2, 2, 4)
     quads = quads.permute(1, 3, 6, 2, 4, 0, 5, 7).reshape(n, k // QUAD)
     places = torch.stack([quads & 3, quads >> 2], -1)
     _check_places(places, layer)
@@ -79,8 +87,7 @@ def read_places(meta: Tensor, layer: str) -> Tensor:
 def unpack_weight(weight_packed: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """The integers, 8 where none is stored, uint8 ``[N, K]``, and which are stored, bool."""
     k, n = COLUMNS * weight_packed.size(0), weight_packed.size(1) // 2
-    stored = _nibbles(weight_packed, 8).view(k // 32, n // ROWS, 8, 4, 4, 2, 2, 2)
-    stored = stored.permute(1, 2, 6, 4, 0, 7, 3, 5).reshape(n, k // QUAD, 2)
+    stored = unpack_tiles(weight_packed, (COL, B, J)).view(n, k // QUAD, 2)
     q = torch.full((n, k // QUAD, QUAD), SYMMETRIC_ZERO, dtype=torch.uint8, device=stored.device)
     used = torch.zeros_like(q, dtype=torch.bool)
     for survivor in range(2):
@@ -96,11 +103,6 @@ def order_scales(scale_packed: Tensor) -> Tensor:
     if groups == 1:
         return scale_packed
     return scale_packed.view(groups, n // 8, 4, 2).transpose(2, 3).reshape(groups, n)
-
-
-def _nibbles(words: Tensor, count: int) -> Tensor:
-    """Integers of ``count`` nibbles, the lowest first: uint8 ``[*shape, count]``."""
-    return torch.stack([(words >> 4 * i & 15).to(torch.uint8) for i in range(count)], -1)
 
 
 def check_layout(packed: Tensor, scale: Tensor, meta: Tensor, layer: str) -> tuple[int, int]:
@@ -124,26 +126,16 @@ def check_layout(packed: Tensor, scale: Tensor, meta: Tensor, layer: str) -> tup
             f"{prefix}meta: got {describe(meta)}; it must be int16 {list(packed.shape)}, as "
             "weight_packed; the tensors are not of one 4-bit 'marlin-24' layer"
         )
-    groups = sorted({1, -(-k // GROUP)})
-    allowed = " or ".join(str([count, n]) for count in groups)
-    if scale.dim() != 2 or scale.size(1) != n or scale.size(0) not in groups:
-        problems.append(
-            f"{prefix}scale_packed: got {describe(scale)}; weight_packed {describe(packed)} has "
-            f"in_features={k}, out_features={n}, so it must be {allowed}: one group, or groups of "
-            "128; the tensors are not of one layer"
-        )
-    elif scale.size(0) > 1 and k <= 2 * GROUP:
+    unfit = scale_problems(("scale_packed", "weight_packed"), scale, packed, n, k, layer)
+    problems += unfit
+    if not unfit and scale.size(0) > 1 and k <= 2 * GROUP:
         problems.append(
             f"{prefix}scale_packed: got {scale.size(0)} groups for in_features={k}; writers of "
             "this format differ in the order of the scales of such small layers; quantise this "
             "layer again in another format"
         )
-    problems += [
-        f"{prefix}{name}: got a tensor on {tensor.device}; weight_packed is on {packed.device} and "
-        f"all must be on one device; move it with {name}.to({str(packed.device)!r})"
-        for name, tensor in (("scale_packed", scale), ("meta", meta))
-        if tensor.device != packed.device
-    ]
+    others = {"scale_packed": scale, "meta": meta}
+    problems += device_problems("weight_packed", packed, others, layer)
     if problems:
         raise CheckpointError(problems)
     return n, k

@@ -68,7 +68,7 @@ def packed_modules(config: Mapping[str, Any]) -> dict[str, PackedShape]:
         raise CheckpointError(
             "config.json: quantization_config.quant_method is 'marlin' without a format_version: "
             "this is the packing of the original Marlin kernel, not this package's; convert the "
-            "GPTQ checkpoint that it was made from with `marlin convert`"
+            "checkpoint with `marlin convert` first"
         )
     problems: list[str] = []
     version = inner.get("format_version")
@@ -152,6 +152,8 @@ def check_packed_tensors(checkpoint: Checkpoint, modules: Mapping[str, PackedSha
 def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
     """Check what a kernel could not survive or would get wrong, in a layer's tensors by leaf name.
 
+    Those that are not given are not looked at.
+
     Raises :class:`CheckpointError` when ``perm`` does not hold every number 0..K-1 once, a zero
     point is above 15, the places of a sparse layer do not rise, or a scale is not finite.
     """
@@ -166,7 +168,7 @@ def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
     falling = "" if places is None else places_problem(places)
     if falling:
         problems.append(f"{name}: {falling}")
-    if not torch.isfinite(tensors["scales"]).all():
+    if "scales" in tensors and not torch.isfinite(tensors["scales"]).all():
         problems.append(f"{name}: scales holds a number that is not finite")
     if problems:
         raise CheckpointError([f"{problem}; the file is damaged" for problem in problems])
