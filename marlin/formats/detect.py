@@ -10,10 +10,11 @@ from marlin.formats.compressed_tensors_source import CompressedTensorsFormat
 from marlin.formats.gptq_source import GptqFormat
 from marlin.formats.source import SourceFormat
 
-FORMATS: dict[object, Callable[[Checkpoint], SourceFormat]] = {
+FORMATS: dict[str, Callable[[Checkpoint], SourceFormat]] = {
     "awq": AwqFormat,
     "compressed-tensors": CompressedTensorsFormat,
 }
+METHODS = ("gptq", *FORMATS)  # what quantization_config.quant_method may be
 
 
 def source_format(checkpoint: Checkpoint) -> SourceFormat:
