@@ -79,7 +79,7 @@ class Survey:
     warnings: list[str]
 
 
-def quantized_modules(checkpoint: Checkpoint, source: SourceFormat) -> dict[str, list[str]]:
+def _modules(checkpoint: Checkpoint, source: SourceFormat) -> dict[str, list[str]]:
     """Quantized modules in reading order, with the leaf names of all their tensors."""
     children: dict[str, list[str]] = {}
     for name in checkpoint.tensors:
@@ -157,7 +157,7 @@ def survey(
     problems: list[str] = []
     warnings: list[str] = []
     layers: dict[str, Layer] = {}
-    modules = quantized_modules(checkpoint, source)
+    modules = _modules(checkpoint, source)
     for name, leaves in modules.items():
         try:
             layers[name] = _examine_layer(checkpoint, source, name, leaves, dtype, sparse, warnings)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin.examine import Layer, Survey, quantized_modules, survey
+from marlin.examine import Layer, Survey, survey
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.packed import Parameters
 from marlin.integrations._placeholders import cast_rounds, replace_module, warn_of_rounding
@@ -80,10 +80,12 @@ def source_linears(
     checkpoint: Checkpoint, found: Survey, dtype: torch.dtype
 ) -> dict[str, SourceLinear]:
     """An empty place for each quantized layer."""
-    return {
-        name: SourceLinear({leaf: checkpoint.outline(f"{name}.{leaf}") for leaf in leaves}, dtype)
-        for name, leaves in quantized_modules(checkpoint, found.source).items()
-    }
+    outlines: dict[str, dict[str, Tensor]] = {name: {} for name in found.layers}
+    for tensor in checkpoint.tensors:
+        name, _, leaf = tensor.rpartition(".")
+        if name in outlines:
+            outlines[name][leaf] = checkpoint.outline(tensor)
+    return {name: SourceLinear(leaves, dtype) for name, leaves in outlines.items()}
 
 
 class _LoadedLayer(Checkpoint):
