@@ -3,7 +3,8 @@
 After ``import marlin.integrations.peft``, ``target_modules`` of a ``peft.LoraConfig`` may be
 :class:`marlin.MarlinLinear` and :class:`marlin.MarlinLinear24` layers, wherever the configuration
 comes from: ``get_peft_model``, ``PeftModel.from_pretrained``, a model's ``add_adapter``. The packed
-weight is frozen, and the adapter beside it is trained.
+weight is frozen, and the adapter beside it is trained. Name the layers: ``"all-linear"`` means
+``nn.Linear`` to peft.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ except ImportError as error:
     ) from error
 
 
-class MarlinLora(LoraLinear):
+class MarlinLoraLinear(LoraLinear):
     """A packed layer and its adapters.
 
     Variants that read or change the weight (DoRA, PiSSA, ...) fail when they ask for it.
@@ -51,7 +52,7 @@ _post_init = LoraConfig.__post_init__
 def _register(config: LoraConfig) -> None:
     """Each configuration tells peft of layers that are not its own, so every new one does."""
     _post_init(config)
-    config._register_custom_module(dict.fromkeys((MarlinLinear, MarlinLinear24), MarlinLora))
+    config._register_custom_module(dict.fromkeys((MarlinLinear, MarlinLinear24), MarlinLoraLinear))
 
 
 LoraConfig.__post_init__ = _register  # type: ignore[method-assign, unused-ignore]
