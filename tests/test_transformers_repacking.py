@@ -74,6 +74,7 @@ def test_saved_it_is_a_converted_checkpoint(tmp_path: Path, form: str) -> None:
     source = write_original(tmp_path / "src", form)
     model = load(source.directory)
     model.save_pretrained(tmp_path / "saved")
+    assert model.quantization_method == "marlin"
     verified = marlin.verify(tmp_path / "saved", source.directory, progress=False)
     assert verified.equal, verified.mismatches
     assert_equal_states(model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))

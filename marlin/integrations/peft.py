@@ -4,7 +4,8 @@ After ``import marlin.integrations.peft``, ``target_modules`` of a ``peft.LoraCo
 :class:`marlin.MarlinLinear` and :class:`marlin.MarlinLinear24` layers, wherever the configuration
 comes from: ``get_peft_model``, ``PeftModel.from_pretrained``, a model's ``add_adapter``. The packed
 weight is frozen, and the adapter beside it is trained. Name the layers: ``"all-linear"`` means
-``nn.Linear`` to peft.
+``nn.Linear`` to peft. After ``prepare_model_for_kbit_training`` activations are fp32, and the model
+must run under ``torch.autocast``.
 """
 
 from __future__ import annotations

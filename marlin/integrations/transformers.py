@@ -233,6 +233,7 @@ class RepackingQuantizer(MarlinQuantizer):
         self.quantization_config = MarlinConfig(
             **config_for({names[name]: shape for name, shape in modules.items()})
         )
+        model.quantization_method = METHOD
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         pack_layers(model, self._layers, self._dtype)
@@ -251,7 +252,8 @@ def repacking() -> Iterator[None]:
     refuses is refused in the same words, before a tensor is loaded. ``device_map`` and ``dtype``
     mean what they mean for a converted checkpoint. transformers puts the tensors to their devices,
     where one layer after the other is packed: the memory needed on top of the model is that of a
-    layer. ``save_pretrained`` writes a converted checkpoint.
+    layer. ``save_pretrained`` writes a converted checkpoint. A checkpoint whose ``config.json`` has
+    no ``quantization_config`` is taken by transformers for one that is not quantized: convert it.
 
     The block changes what transformers knows of these formats, for all threads; those that enter
     one at the same time wait for each other.
