@@ -11,16 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
-    GptqLayer,
-    Source,
-    gptq_config,
-    make_layer,
-    make_sparse,
-    read_all,
-    write_checkpoint,
-    write_tensors,
-)
+from checkpoints import read_all, write_tensors
 from torch import Tensor, nn
 
 import marlin
@@ -29,22 +20,10 @@ from marlin import CheckpointError, MarlinLinear, MarlinLinear24
 transformers = pytest.importorskip("transformers", minversion="5.0")
 import_module("marlin.integrations.transformers")
 
+from tiny_llama import TOKENS, assert_equal_states, exact_model, write_llama  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 DEMO = Path(__file__).parent / "data" / "demo"
-TOKENS = torch.arange(7, 39).view(2, 16)
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "vocab_size": 72,
-    "max_position_embeddings": 64,
-    "attention_bias": True,
-    "initializer_range": 0.2,
-}
 UP, DOWN, ORDERED = (
     f"model.layers.0.{name}" for name in ("mlp.up_proj", "mlp.down_proj", "self_attn.o_proj")
 )
@@ -65,79 +44,8 @@ def _quiet() -> Iterator[None]:
     transformers.utils.logging.enable_progress_bar()
 
 
-def quantized_layers(model: nn.Module, dtype: torch.dtype, head: bool) -> dict[str, GptqLayer]:
-    """Random integers for every linear layer: 2:4 in the MLPs, act-order and zero points beside."""
-    layers = {}
-    for seed, (name, module) in enumerate(model.named_modules()):
-        if not isinstance(module, nn.Linear) or (name == "lm_head" and not head):
-            continue
-        k, n = module.in_features, module.out_features
-        options: dict[str, Any] = {"seed": seed, "bias": module.bias is not None, "dtype": dtype}
-        if ".mlp." in name:
-            layers[name] = make_sparse(k, n, sym="down" not in name, **options)
-        else:
-            layers[name] = make_layer(k, n, act_order=name.endswith("o_proj"), **options)
-        layers[name].scales.mul_(0.5)
-    return layers
-
-
-def write_llama(
-    directory: Path,
-    *,
-    tied: bool = True,
-    dtype: torch.dtype = torch.float16,
-    head: bool = False,
-    shards: int = 1,
-    sparse: bool = True,
-) -> Source:
-    """A converted checkpoint of a tiny Llama in ``directory``, and what it was made from."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, tie_word_embeddings=tied, architectures=["LlamaForCausalLM"])
-    model = LlamaForCausalLM(config).to(dtype)
-    layers = quantized_layers(model, dtype, head)
-    start = tuple(f"{name}." for name in layers)
-    others = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(start) and (name != "lm_head.weight" or not tied)
-    }
-    settings = json.loads(config.to_json_string(use_diff=False))
-    settings["dtype"] = str(dtype).removeprefix("torch.")
-    settings["quantization_config"] = gptq_config(sym=None)["quantization_config"]
-    original = directory.with_name(directory.name + "-gptq")
-    source = write_checkpoint(original, layers, config=settings, others=others, shards=shards)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (original / file).unlink()
-    limit = 20_000 if shards > 1 else 10**9
-    marlin.convert(original, directory, progress=False, sparse=sparse, shard_bytes=limit)
-    return Source(directory, layers, others, source.tensors, settings)
-
-
-def exact_model(source: Source) -> Any:
-    """The model in fp32, of the very numbers that the checkpoint stands for."""
-    config = {k: v for k, v in source.config.items() if k not in ("quantization_config", "dtype")}
-    model = LlamaForCausalLM(LlamaConfig(**config)).float()
-    state = {name: tensor.float() for name, tensor in source.others.items()}
-    for name, layer in source.layers.items():
-        state[f"{name}.weight"] = layer.weight().float()
-        if layer.bias is not None:
-            state[f"{name}.bias"] = layer.bias.float()
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert unexpected == []
-    assert missing in ([], ["lm_head.weight"])
-    return model.eval()
-
-
 def load(directory: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, **options)
-
-
-def assert_equal_states(one: nn.Module, other: nn.Module) -> None:
-    first, second = one.state_dict(), other.state_dict()
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert tensor.dtype == second[name].dtype, name
-        assert torch.equal(tensor, second[name]), name
 
 
 def edit_quantization(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,13 @@ class Checkpoint:
         if dtype is None:
             raise CheckpointError(f"tensor {name!r} is {info.dtype}, which this torch cannot hold")
         data = bytearray(info.nbytes)
-        position = 0
-        for chunk in self.read_bytes(name):
-            data[position : position + len(chunk)] = chunk
-            position += len(chunk)
+        rest = memoryview(data)
+        with _opened(info) as file:
+            while rest:
+                count = file.readinto(rest[:CHUNK_BYTES])
+                if not count:
+                    raise _became_shorter(info)
+                rest = rest[count:]
         if not data:
             return torch.empty(info.shape, dtype=dtype)
         return torch.frombuffer(data, dtype=dtype).view(info.shape)
@@ -91,19 +96,30 @@ class Checkpoint:
         """The bytes of one tensor in chunks of at most ``chunk_bytes``."""
         info = self.tensors[name]
         left = info.nbytes
-        try:
-            with info.path.open("rb", buffering=0) as file:
-                file.seek(info.start)
-                while left:
-                    chunk = file.read(min(left, chunk_bytes))
-                    if not chunk:
-                        raise CheckpointError(
-                            f"{info.path.name} became shorter while it was read (tensor {name!r})"
-                        )
-                    left -= len(chunk)
-                    yield chunk
-        except OSError as error:
-            raise CheckpointError(f"{info.path.name} cannot be read: {error.strerror}") from error
+        with _opened(info) as file:
+            while left:
+                chunk = file.read(min(left, chunk_bytes))
+                if not chunk:
+                    raise _became_shorter(info)
+                left -= len(chunk)
+                yield chunk
+
+
+@contextmanager
+def _opened(info: TensorInfo) -> Iterator[FileIO]:
+    """The file of a tensor, at its first byte."""
+    try:
+        with info.path.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"{info.path.name} cannot be read: {error.strerror}") from error
+
+
+def _became_shorter(info: TensorInfo) -> CheckpointError:
+    return CheckpointError(
+        f"{info.path.name} became shorter while it was read (tensor {info.name!r})"
+    )
 
 
 def _open_files(root: Path, names: list[str]) -> tuple[dict[str, TensorInfo], list[str], list[str]]:

@@ -12,10 +12,11 @@ from marlin.formats.native_source import NativeFormat
 from marlin.formats.original_marlin_source import OriginalMarlinFormat, says_original_marlin
 from marlin.formats.source import SourceFormat
 
-FORMATS: dict[object, Callable[[Checkpoint], SourceFormat]] = {
+FORMATS: dict[str, Callable[[Checkpoint], SourceFormat]] = {
     "awq": AwqFormat,
     "compressed-tensors": CompressedTensorsFormat,
 }
+METHODS = ("gptq", *FORMATS)  # what quantization_config.quant_method may be
 
 
 def source_format(checkpoint: Checkpoint) -> SourceFormat:

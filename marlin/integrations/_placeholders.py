@@ -7,7 +7,7 @@ A loader of another library copies tensors by name and checks little. So everyth
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from marlin._packed_module import PackedModule
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.container import TensorInfo, read_header
 from marlin.formats.native import (
-    LEAVES,
     PackedShape,
     check_packed_tensors,
     check_values,
@@ -89,25 +88,39 @@ def check_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Pa
         except CheckpointError as error:
             problems += error.refusals
             continue
-        scales = tensors["scales"]
-        if scales.dtype != dtype:
-            check_dtypes_kept(name, _caster(dtype), {"bias": None, **tensors})
-            if not torch.equal(scales.to(dtype).float(), scales.float()):
-                rounded.append(name)
+        if cast_rounds(name, tensors["scales"], tensors.get("bias"), dtype):
+            rounded.append(name)
     if problems:
         raise CheckpointError(problems, where=checkpoint.directory)
     if rounded:
         own = checkpoint.tensors[f"{rounded[0]}.scales"].torch_dtype
-        warnings.warn(
-            f"the scales of {len(rounded)} layers ({rounded[0]}, ...) are {own} in the checkpoint "
-            f"and are rounded to {dtype}, the model's dtype: pass dtype={own} to keep them",
-            stacklevel=2,
-        )
+        warn_of_rounding(rounded, own, dtype)
     return modules
 
 
-def _caster(dtype: torch.dtype) -> Any:
-    return lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+def cast_rounds(name: str, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a cast to ``dtype`` changes the scales of a layer.
+
+    Raises:
+        ValueError: ``dtype`` cannot hold the scales or the bias.
+    """
+    if scales.dtype == dtype:
+        return False
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    check_dtypes_kept(name, cast, {"scales": scales, "bias": bias})
+    return not torch.equal(cast(scales).float(), scales.float())
+
+
+def warn_of_rounding(names: list[str], own: torch.dtype | None, dtype: torch.dtype) -> None:
+    """Say that the scales of these layers, stored in the dtype ``own``, lose bits."""
+    warnings.warn(
+        f"the scales of {len(names)} layers ({names[0]}, ...) are {own} in the checkpoint "
+        f"and are rounded to {dtype}, the model's dtype: pass dtype={own} to keep them",
+        stacklevel=2,
+    )
 
 
 def names_in_model(model: nn.Module, modules: Iterable[str], prefix: str) -> dict[str, str]:
@@ -130,22 +143,22 @@ def place_empty_layers(
     checkpoint: Checkpoint,
     modules: Mapping[str, PackedShape],
     names: Mapping[str, str],
-    tied: Iterable[str],
-    dtype: torch.dtype,
+    make: Callable[[str], nn.Module],
 ) -> None:
-    """Put a packed layer on the meta device, with scales in ``dtype``, for each listed module.
+    """Put ``make(name)`` in place of each listed module.
 
-    ``names`` say where (see :func:`names_in_model`), ``tied`` which weights the model shares.
+    ``names`` say where (see :func:`names_in_model`).
 
     Raises:
-        CheckpointError: the model lacks a module, or has one that cannot be replaced; the model is
-            unchanged.
+        CheckpointError: the model lacks a module, has one that cannot be replaced, or ties its
+            weight to another; the model is unchanged.
     """
     problems: list[str] = []
-    shared = set(tied)
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tied = {*ties.keys(), *ties.values()}
     for name, shape in modules.items():
         problem = module_problem(model, names[name], shape, f"{name}.bias" in checkpoint.tensors)
-        if problem is None and f"{names[name]}.weight" in shared:
+        if problem is None and f"{names[name]}.weight" in tied:
             problem = (
                 f"{names[name]}: the model ties this layer's weight to another and the checkpoint "
                 "has it in 4 bits: set tie_word_embeddings to false in config.json"
@@ -154,15 +167,21 @@ def place_empty_layers(
             problems.append(problem)
     if problems:
         raise CheckpointError(problems, where=checkpoint.directory)
-    for name, shape in modules.items():
-        stored = [leaf for leaf in LEAVES if f"{name}.{leaf}" in checkpoint.tensors]
-        old = model.get_submodule(names[name])
-        layer = _empty_layer(shape, stored, dtype).train(old.training)
-        parent, _, leaf = names[name].rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+    for name in modules:
+        replace_module(model, names[name], make(name))
 
 
-def _empty_layer(shape: PackedShape, stored: Iterable[str], dtype: torch.dtype) -> nn.Module:
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where the model has the module ``name``."""
+    new.train(model.get_submodule(name).training)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def empty_layer(
+    checkpoint: Checkpoint, name: str, shape: PackedShape, dtype: torch.dtype
+) -> nn.Module:
+    """A packed layer on the meta device with the tensors that the checkpoint has for it."""
     optional = ("zeros", "bias") if shape.sparse else ("zeros", "bias", "perm")
     kind: Any = MarlinLinear24 if shape.sparse else MarlinLinear
     layer: nn.Module = kind(
@@ -171,7 +190,7 @@ def _empty_layer(shape: PackedShape, stored: Iterable[str], dtype: torch.dtype) 
         group_size=shape.group_size,
         device="meta",
         dtype=dtype,
-        **{leaf: leaf in stored for leaf in optional},
+        **{leaf: f"{name}.{leaf}" in checkpoint.tensors for leaf in optional},
     )
     return layer
 

@@ -9,27 +9,39 @@ wrote, and ``save_pretrained`` writes it again::
 The layers that ``config.json`` lists become :class:`marlin.MarlinLinear`, or
 :class:`marlin.MarlinLinear24` where they are 2:4 sparse. transformers reads the tensors, one after
 the other, straight to their devices.
+
+Inside ``with repacking():``, checkpoints of other formats are loaded, too, without a conversion::
+
+    with marlin.integrations.transformers.repacking():
+        model = AutoModelForCausalLM.from_pretrained("GPTQ", device_map="cuda")
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from marlin.examine import Layer
 from marlin.formats.checkpoint import CheckpointError
-from marlin.formats.native import packed_modules
+from marlin.formats.detect import METHODS
+from marlin.formats.native import config_for, packed_modules
 from marlin.formats.packed import COMPUTE_DTYPES
 from marlin.integrations._placeholders import (
     check_checkpoint,
+    empty_layer,
     finish_layers,
     names_in_model,
     open_files,
     place_empty_layers,
 )
+from marlin.integrations._repacking import open_source, pack_layers, source_linears
 
 # Before it, a quantizer is not told which files are loaded, and so not which layers have zero
 # points, an order or a bias.
@@ -49,6 +61,7 @@ if int(transformers.__version__.partition(".")[0]) < LEAST_VERSION:
     )
 
 from transformers.quantizers.auto import (  # noqa: E402
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
@@ -56,6 +69,7 @@ from transformers.quantizers.base import HfQuantizer  # noqa: E402
 from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
 
 METHOD = "marlin"
+REPACKING = "marlin-repacking"
 
 
 def _offloads_integers() -> bool:
@@ -63,6 +77,15 @@ def _offloads_integers() -> bool:
     from transformers.integrations.accelerate import accelerate_disk_offload
 
     return "dtype" not in inspect.signature(accelerate_disk_offload).parameters
+
+
+def _given(checkpoint_files: list[str] | None) -> list[str]:
+    if not checkpoint_files:
+        raise CheckpointError(
+            "from_pretrained was given a state_dict, which does not say what its layers have: "
+            "give the folder of a converted checkpoint, or use model.load_state_dict"
+        )
+    return checkpoint_files
 
 
 @register_quantization_config(METHOD)
@@ -107,8 +130,9 @@ class MarlinQuantizer(HfQuantizer):
         if not kwargs.get("pre_quantized", True):
             raise ValueError(
                 "quantization_config: got a MarlinConfig for a checkpoint that is not converted; "
-                "it cannot quantise while loading: run `marlin convert` on a quantised checkpoint, "
-                "or marlin.replace_linear(model) on the loaded model"
+                "it cannot quantise while loading: load a quantised checkpoint inside "
+                "marlin.integrations.transformers.repacking(), or run `marlin convert` on it, or "
+                "marlin.replace_linear(model) on the loaded model"
             )
         super().__init__(quantization_config, **kwargs)
         self._dtype = torch.float16
@@ -132,20 +156,19 @@ class MarlinQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if not checkpoint_files:
-            raise CheckpointError(
-                "from_pretrained was given a state_dict, which does not say what its layers have: "
-                "give the folder of a converted checkpoint, or use model.load_state_dict"
-            )
         config = self.quantization_config
         # transformers builds the model in a context where new tensors are on the meta device.
         with torch.device("cpu"):
-            checkpoint = open_files(checkpoint_files, config.to_dict())
+            checkpoint = open_files(_given(checkpoint_files), config.to_dict())
             modules = check_checkpoint(checkpoint, self._dtype)
         names = names_in_model(model, modules, model.base_model_prefix)
-        ties = model.all_tied_weights_keys
-        tied = {*ties.keys(), *ties.values()}
-        place_empty_layers(model, checkpoint, modules, names, tied, self._dtype)
+        place_empty_layers(
+            model,
+            checkpoint,
+            modules,
+            names,
+            lambda name: empty_layer(checkpoint, name, modules[name], self._dtype),
+        )
         self._names = list(names.values())
         # As save_pretrained will write them: by the names of the model's own tensors.
         config.modules = {names[name]: entry for name, entry in config.modules.items()}
@@ -173,3 +196,73 @@ class MarlinQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The layers are made for ``torch.compile(fullgraph=True)``."""
         return True
+
+
+class RepackingConfig(QuantizationConfigMixin):
+    """Stands for the ``quantization_config`` of another format while its checkpoint is loaded.
+
+    Its settings are read from the checkpoint's files, as ``marlin convert`` does.
+    """
+
+    quant_method: Any
+
+    def __init__(self, **entries: Any) -> None:
+        """Take the place of the entries in ``config.json``."""
+        self.quant_method = REPACKING
+
+
+@register_quantizer(REPACKING)
+class RepackingQuantizer(MarlinQuantizer):
+    """Has transformers load the layers of another format as they are, and packs them then."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._layers: dict[str, Layer] = {}
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        with torch.device("cpu"):
+            checkpoint, found = open_source(_given(checkpoint_files), self._dtype)
+        modules = {name: layer.shape for name, layer in found.layers.items()}
+        names = names_in_model(model, modules, model.base_model_prefix)
+        empty = source_linears(checkpoint, found, self._dtype)
+        place_empty_layers(model, checkpoint, modules, names, empty.pop)
+        self._layers = {names[name]: layer for name, layer in found.layers.items()}
+        # What the model has from now on, and save_pretrained will write.
+        self.quantization_config = MarlinConfig(
+            **config_for({names[name]: shape for name, shape in modules.items()})
+        )
+        model.quantization_method = METHOD
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        pack_layers(model, self._layers, self._dtype)
+        self._layers = {}
+
+
+_registry = threading.RLock()
+
+
+@contextmanager
+def repacking() -> Iterator[None]:
+    """In this block, ``from_pretrained`` loads checkpoints of other formats into packed layers.
+
+    They are those that ``marlin convert`` takes, and the layers are what it makes of them:
+    :class:`marlin.MarlinLinear`, or :class:`marlin.MarlinLinear24` for ``marlin-24``. What it
+    refuses is refused in the same words, before a tensor is loaded. ``device_map`` and ``dtype``
+    mean what they mean for a converted checkpoint. transformers puts the tensors to their devices,
+    where one layer after the other is packed: the memory needed on top of the model is that of a
+    layer. ``save_pretrained`` writes a converted checkpoint. A checkpoint whose ``config.json`` has
+    no ``quantization_config`` is taken by transformers for one that is not quantized: convert it.
+
+    The block changes what transformers knows of these formats, for all threads; those that enter
+    one at the same time wait for each other.
+    """
+    mapping = AUTO_QUANTIZATION_CONFIG_MAPPING
+    with _registry:
+        usual = {method: mapping[method] for method in METHODS}
+        mapping.update(dict.fromkeys(METHODS, RepackingConfig))
+        try:
+            yield
+        finally:
+            mapping.update(usual)
