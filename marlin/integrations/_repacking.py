@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from marlin.examine import Layer, Survey, survey
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
+from marlin.formats.detect import source_format
 from marlin.formats.packed import Parameters
 from marlin.integrations._placeholders import cast_rounds, replace_module, warn_of_rounding
 from marlin.linear import MarlinLinear
@@ -45,11 +46,12 @@ def open_source(files: Sequence[str | Path], dtype: torch.dtype) -> tuple[Checkp
             where=directory,
         )
     try:
-        found = survey(checkpoint)
+        found = survey(checkpoint, source_format(checkpoint))
     except CheckpointError as error:
         if not error.options:
             raise
-        found = survey(checkpoint, dtype)  # scales or biases that need to be told a dtype
+        # Scales or biases that need to be told a dtype.
+        found = survey(checkpoint, source_format(checkpoint), dtype)
     for warning in found.warnings:
         warnings.warn(warning, stacklevel=2)
     rounded = [name for name, layer in found.layers.items() if _is_rounded(layer, dtype)]
