@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +66,28 @@ class Checkpoint:
             configs.get("quant_config.json"),
         )
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU; raises :class:`CheckpointError` if it cannot be read."""
+    def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
+        """One tensor, on the CPU; raises :class:`CheckpointError` if it cannot be read.
+
+        ``window``: which of its rows, and of their columns, to read: up to two slices with start
+        and stop.
+        """
         info = self.tensors[name]
         dtype = info.torch_dtype
         if dtype is None:
             raise CheckpointError(f"tensor {name!r} is {info.dtype}, which this torch cannot hold")
-        data = bytearray(info.nbytes)
+        shape = list(info.shape)
+        for dim, part in enumerate(window):
+            shape[dim] = part.stop - part.start
+        data = bytearray(prod(shape) * dtype.itemsize)
         position = 0
-        for chunk in self.read_bytes(name):
-            data[position : position + len(chunk)] = chunk
-            position += len(chunk)
+        for run in _runs(info, window):
+            for chunk in self.read_bytes(name, run=run):
+                data[position : position + len(chunk)] = chunk
+                position += len(chunk)
         if not data:
-            return torch.empty(info.shape, dtype=dtype)
-        return torch.frombuffer(data, dtype=dtype).view(info.shape)
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
 
     def outline(self, name: str) -> Tensor:
         """A meta tensor of the dtype and shape of this one; nothing is read."""
@@ -87,13 +96,16 @@ class Checkpoint:
             raise CheckpointError(f"tensor {name!r} is {info.dtype}, which this torch cannot hold")
         return torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
 
-    def read_bytes(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """The bytes of one tensor in chunks of at most ``chunk_bytes``."""
+    def read_bytes(
+        self, name: str, chunk_bytes: int = CHUNK_BYTES, run: range | None = None
+    ) -> Iterator[bytes]:
+        """The bytes of one tensor, or its bytes ``run``, in chunks of at most ``chunk_bytes``."""
         info = self.tensors[name]
-        left = info.nbytes
+        run = range(info.nbytes) if run is None else run
+        left = len(run)
         try:
             with info.path.open("rb", buffering=0) as file:
-                file.seek(info.start)
+                file.seek(info.start + run.start)
                 while left:
                     chunk = file.read(min(left, chunk_bytes))
                     if not chunk:
@@ -104,6 +116,23 @@ class Checkpoint:
                     yield chunk
         except OSError as error:
             raise CheckpointError(f"{info.path.name} cannot be read: {error.strerror}") from error
+
+
+def _runs(info: TensorInfo, window: tuple[slice, ...]) -> Iterator[range]:
+    """The bytes of a window of a tensor, as its runs without a gap."""
+    if len(window) < 2:
+        row = info.nbytes // info.shape[0] if window else info.nbytes
+        part = window[0] if window else slice(0, 1)
+        yield range(part.start * row, part.stop * row)
+        return
+    rows, columns = window
+    if columns == slice(0, info.shape[1]):
+        yield from _runs(info, (rows,))
+        return
+    cell = info.nbytes // (info.shape[0] * info.shape[1])
+    for row in range(rows.start, rows.stop):
+        first = row * info.shape[1]
+        yield range((first + columns.start) * cell, (first + columns.stop) * cell)
 
 
 def _open_files(root: Path, names: list[str]) -> tuple[dict[str, TensorInfo], list[str], list[str]]:
