@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 from layers import Layer, make_layer, make_layer_24
 from torch import Tensor, nn
@@ -355,21 +354,23 @@ class TestRefusals:
         assert type(layer.quant_method) is UnquantizedLinearMethod
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an installed marlin adds to sys.path, for one that is not installed."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    folder = tmp_path_factory.mktemp("site")
+    info = folder / f"marlin-{marlin.__version__}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: marlin\nVersion: 0\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    points = project["entry-points"]["vllm.general_plugins"]
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[vllm.general_plugins]", *lines]))
+    return folder
+
+
 class TestEngine:
     """vLLM itself, in other processes, finds the plug-in by the entry point of pyproject.toml."""
-
-    @pytest.fixture(scope="class")
-    def site(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """What an installed marlin adds to sys.path, for one that is not installed."""
-        folder = tmp_path_factory.mktemp("site")
-        info = folder / f"marlin-{marlin.__version__}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: marlin\nVersion: 0\n")
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        points = project["entry-points"]["vllm.general_plugins"]
-        lines = [f"{name} = {value}" for name, value in points.items()]
-        (info / "entry_points.txt").write_text("\n".join(["[vllm.general_plugins]", *lines]))
-        return folder
 
     @pytest.mark.parametrize(("ranks", "options"), [(1, []), (2, ["--eager"])])
     def test_equals_transformers(
