@@ -341,6 +341,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"lm_head: .* linear layers only, not ParallelLMHead"):
             ParallelLMHead(128, 72, params_dtype=HALF, quant_config=config, prefix="lm_head")
 
+    def test_experts(self) -> None:
+        config = config_of({"mlp.experts.0.up_proj": make_layer(128, 72, 32)})
+        experts = type("RoutedExperts", (nn.Module,), {})()
+        with pytest.raises(ValueError, match=r"the checkpoint has mlp\.experts\.0\.up"):
+            config.get_quant_method(experts, "mlp.experts")
+        assert config.get_quant_method(experts, "other.experts") is None
+        assert config.get_quant_method(nn.Module(), "mlp") is None
+
     def test_configuration(self) -> None:
         kind = get_quantization_config("marlin")
         assert kind is plugin.MarlinConfig

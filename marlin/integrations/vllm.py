@@ -5,14 +5,14 @@ Where marlin and vLLM are installed together, ``vllm serve DST`` and ``LLM("DST"
 this module by its entry point in the group ``vllm.general_plugins`` and calls :func:`register`, in
 every process.
 
-The method's name is ``marlin``, as the checkpoints say, which vLLM has not used itself since it
-calls its own kernels of that name by the formats that they read (``gptq_marlin`` and others; now
-``auto_gptq``). Those formats stay vLLM's: no method is overridden. Checkpoints of the original
-Marlin have the same name; they are refused with the reason.
+The method's name is ``marlin``, as the checkpoints say. vLLM leaves it free: its own kernels of
+that name are called by the formats that they read (``auto_gptq``, ``auto_awq``). These stay vLLM's,
+no method is overridden. Checkpoints of the original Marlin have the same name; they are refused
+with the reason.
 
 Left out, and refused by name if a checkpoint has them in 4 bits: the output layer (``lm_head``) and
-experts of mixture-of-experts layers. LoRA adapters and the update of weights while serving have not
-been tried.
+experts of mixture-of-experts layers. Nothing here has been run on a GPU yet; on CPUs LoRA adapters
+and the update of weights while serving have not been tried.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from marlin.formats.packed import COMPUTE_DTYPES
 from marlin.integrations._vllm_parameters import Fusion, make_parameter, without_gaps
 
 METHOD = "marlin"
+EXPERTS = ("RoutedExperts", "FusedMoE")  # vLLM's layers of many linear ones; the name has changed
 OPERANDS = {  # of torch.ops.marlin.gemm and gemm_24, for a layer that is sparse or not
     False: ("qweight", "scales", "zeros", "perm"),
     True: ("qweight", "places", "scales", "zeros"),
@@ -127,11 +128,12 @@ class MarlinConfig(QuantizationConfig):  # type: ignore[misc]
         names = [prefix] if prefix in self.modules or not fused else fused
         packed = [name for name in names if name in self.modules]
         if not isinstance(layer, LinearBase):
-            below = packed or [name for name in self.modules if name.startswith(f"{prefix}.")]
-            if below and not any(layer.children()):
+            if any(base.__name__ in EXPERTS for base in type(layer).__mro__):
+                packed += [name for name in self.modules if name.startswith(f"{prefix}.")]
+            if packed:
                 raise ValueError(
-                    f"{prefix}: the checkpoint has {below[0]} in 4 bits, and in vLLM marlin "
-                    f"multiplies linear layers only, not {type(layer).__name__}; convert the model "
+                    f"{prefix}: the checkpoint has {packed[0]} in 4 bits, and in vLLM marlin "
+                    f"multiplies linear layers only, not {type(layer).__name__}; convert a model "
                     "with this layer left unquantised"
                 )
             return None
