@@ -14,6 +14,12 @@ whole layer does, in fp32, maybe in another order. ``Row`` rounds more: every ra
 once to the activations' dtype, as does every addition of the all-reduce. With R ranks, u the unit
 roundoff (2^-11 in fp16, 2^-8 in bf16) and S the sum of the absolute values of the partial results,
 an output differs from the whole layer's by at most R u S, and by what the order of fp32 sums does.
+A part may get another kernel than the whole layer; some round weights to the activations' dtype, as
+the table in README.md says.
+
+Gradients of activations pass through. Attention needs whole heads: where ranks do not divide them,
+give ``bounds=split(features, ranks, multiple=head_size)``. A layer that is fused of several, such
+as ``qkv_proj``, is shared out as one, which models that take its output apart do not expect.
 """
 
 from __future__ import annotations
@@ -46,6 +52,7 @@ from marlin.formats.native import LEAVES, PackedShape, check_values, packed_modu
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
 from marlin.load import fill, packed_layer
+from marlin.replace import reason_to_keep
 
 __all__ = [
     "Column",
@@ -92,7 +99,7 @@ def shard(
     """
     share = Share.of(shape_of(layer), dim, bounds, rank, world_size)
     fix = "use RowParallelMarlinLinear.from_layer, which arranges its input"
-    if dim == 1 and layer._buffers.get("perm") is not None:
+    if not share.part.has_all_columns and layer._buffers.get("perm") is not None:
         raise ValueError(
             "layer: got act-order with dim=1; a part's columns multiply input features that lie "
             f"apart, not a slice of them; {fix}, or quantise with desc_act=False"
@@ -120,8 +127,9 @@ def parallelize(model: ModelT, plan: Plan, group: dist.ProcessGroup | None = Non
         group: the ranks to share out to; None: all.
 
     Raises:
-        ValueError: an entry of the plan is of no use, or does not fit a layer: the message names
-            it. Nothing has been replaced then.
+        ValueError: an entry of the plan is of no use, does not fit a layer, or names one that does
+            more than its weight says (has hooks, for example): the message says which. Nothing has
+            been replaced then.
     """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     layers: dict[str, PackedLinear] = {}
@@ -132,6 +140,10 @@ def parallelize(model: ModelT, plan: Plan, group: dist.ProcessGroup | None = Non
                     layers[f"{path}.{attribute}" if path else attribute] = child
                 places.setdefault(id(child), []).append((parent, attribute))
     shares = _follow(plan, {name: shape_of(layer) for name, layer in layers.items()}, group)
+    for name in shares:
+        reason = reason_to_keep(layers[name], [parent for parent, _ in places[id(layers[name])]])
+        if reason:
+            raise ValueError(f"{name}: cannot be replaced: {reason}; leave it out of the plan")
     for name, (style, share) in shares.items():
         layer = layers.pop(name)
         made = _make(style, share, reader(layer, share.part)).train(layer.training)

@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from checkpoints import Tiny, gptq_config, make_sparse, write_checkpoint
+from checkpoints import Tiny, gptq_config, make_sparse, write_checkpoint, write_tensors
 from checkpoints import make_layer as make_gptq
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -193,6 +193,7 @@ class TestShard:
     def test_of_one_is_the_layer(self) -> None:
         layer = make_layer(72, 200, 64, perm=True, zeros=True, bias=True)
         assert_same(shard(layer, 0, 0, 1), layer)
+        assert_same(shard(layer, 1, 0, 1), layer)
 
     def test_order_stays_with_the_columns(self) -> None:
         layer = make_layer(72, 200, 64, perm=True)
@@ -440,6 +441,9 @@ def refuses(device: str) -> None:
     for plan, kind, words in cases:
         with pytest.raises(kind, match=words):
             parallelize(model, plan)
+    model.up.register_forward_hook(print)
+    with pytest.raises(ValueError, match=r"up: cannot be replaced: it has hooks"):
+        parallelize(model, MLP_PLAN)
     assert dict(model.named_modules()) == before
 
 
@@ -463,6 +467,22 @@ class TestLoad:
 
     def test_reads_only_its_own(self, ranks: Ranks, converted: Path) -> None:
         ranks.call(reads_little, converted)
+
+
+def test_windows_of_a_file(tmp_path: Path) -> None:
+    tensors = {"matrix": torch.randn(7, 5), "blocks": torch.randn(4, 6, 8), "row": torch.randn(9)}
+    write_tensors(tmp_path, tensors)
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = Checkpoint.open(tmp_path)
+    for window in ((), (slice(1, 3),), (slice(0, 4), slice(2, 5)), (slice(3, 4), slice(0, 1))):
+        for name, tensor in tensors.items():
+            cut = window[: tensor.dim()]
+            assert torch.equal(checkpoint.read(name, cut), tensor[cut])
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    last = max(checkpoint.tensors.values(), key=lambda info: info.stop)
+    with pytest.raises(CheckpointError, match="became shorter while it was read"):
+        checkpoint.read(last.name, (slice(1, last.shape[0]),))
 
 
 def tiny() -> Tiny:
