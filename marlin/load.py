@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,9 +62,10 @@ def module_problem(model: nn.Module, name: str, shape: PackedShape, has_bias: bo
     return None
 
 
-def _packed_layer(
+def packed_layer(
     checkpoint: Checkpoint, name: str, shape: PackedShape, device: torch.device
 ) -> nn.Module:
+    """A layer of the checkpoint, whole, on ``device``."""
     tensors = {
         leaf: checkpoint.read(f"{name}.{leaf}")
         for leaf in LEAVES
@@ -201,6 +202,16 @@ def load(
     is missing, unexpected, or of another shape; the model is unchanged when names or shapes do not
     match.
     """
+    return fill(model, directory, device, packed_layer)
+
+
+def fill(
+    model: ModelT,
+    directory: str | Path,
+    device: torch.device | str | None,
+    read_layer: Callable[[Checkpoint, str, PackedShape, torch.device], nn.Module],
+) -> ModelT:
+    """What :func:`load` does, with other layers, as ``read_layer`` makes them, in place of its."""
     checkpoint = Checkpoint.open(directory)
     modules = packed_modules(checkpoint.config)
     check_packed_tensors(checkpoint, modules)
@@ -237,7 +248,7 @@ def load(
         _load_group(checkpoint, group, kept, wanted)
     for name, shape in modules.items():
         old = model.get_submodule(name)
-        layer = _packed_layer(checkpoint, name, shape, _device_of(old, wanted))
+        layer = read_layer(checkpoint, name, shape, _device_of(old, wanted))
         layer.train(old.training)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +68,33 @@ class Checkpoint:
             configs.get("quant_config.json"),
         )
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU; raises :class:`CheckpointError` if it cannot be read."""
+    def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
+        """One tensor, on the CPU; raises :class:`CheckpointError` if it cannot be read.
+
+        ``window``: which of its rows, and of their columns, to read: up to two slices with start
+        and stop.
+        """
         info = self.tensors[name]
         dtype = info.torch_dtype
         if dtype is None:
             raise CheckpointError(f"tensor {name!r} is {info.dtype}, which this torch cannot hold")
-        data = bytearray(info.nbytes)
+        shape = list(info.shape)
+        for dim, part in enumerate(window):
+            shape[dim] = part.stop - part.start
+        data = bytearray(prod(shape) * dtype.itemsize)
         rest = memoryview(data)
         with _opened(info) as file:
-            while rest:
-                count = file.readinto(rest[:CHUNK_BYTES])
-                if not count:
-                    raise _became_shorter(info)
-                rest = rest[count:]
+            for run in _runs(info, window):
+                file.seek(info.start + run.start)
+                place, rest = rest[: len(run)], rest[len(run) :]
+                while place:
+                    count = file.readinto(place[:CHUNK_BYTES])
+                    if not count:
+                        raise _became_shorter(info)
+                    place = place[count:]
         if not data:
-            return torch.empty(info.shape, dtype=dtype)
-        return torch.frombuffer(data, dtype=dtype).view(info.shape)
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
 
     def outline(self, name: str) -> Tensor:
         """A meta tensor of the dtype and shape of this one; nothing is read."""
@@ -120,6 +131,23 @@ def _became_shorter(info: TensorInfo) -> CheckpointError:
     return CheckpointError(
         f"{info.path.name} became shorter while it was read (tensor {info.name!r})"
     )
+
+
+def _runs(info: TensorInfo, window: tuple[slice, ...]) -> Iterator[range]:
+    """The bytes of a window of a tensor, as its runs without a gap."""
+    if len(window) < 2:
+        row = info.nbytes // info.shape[0] if window else info.nbytes
+        part = window[0] if window else slice(0, 1)
+        yield range(part.start * row, part.stop * row)
+        return
+    rows, columns = window
+    if columns == slice(0, info.shape[1]):
+        yield from _runs(info, (rows,))
+        return
+    cell = info.nbytes // (info.shape[0] * info.shape[1])
+    for row in range(rows.start, rows.stop):
+        first = row * info.shape[1]
+        yield range((first + columns.start) * cell, (first + columns.stop) * cell)
 
 
 def _open_files(root: Path, names: list[str]) -> tuple[dict[str, TensorInfo], list[str], list[str]]:

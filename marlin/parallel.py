@@ -1,0 +1,238 @@
+"""Tensor parallelism: packed layers whose features are shared out among the ranks of a group.
+
+As usual (Megatron-LM, arXiv 1909.08053), a layer that is split by its output features, ``Column``,
+feeds one that is split by its input features, ``Row``, whose partial results are added up::
+
+    plan = {
+        "q_proj": Column(), "k_proj": Column(), "v_proj": Column(), "o_proj": Row(),
+        "gate_proj": Column(), "up_proj": Column(), "down_proj": Row(),
+    }
+    model = marlin.parallel.load(model, "DST", plan, device=f"cuda:{rank}")
+
+Packed tensors are cut exactly, between any two features. ``Column`` computes the sums that the
+whole layer does, in fp32, maybe in another order. ``Row`` rounds more: every rank's partial result
+once to the activations' dtype, as does every addition of the all-reduce. With R ranks, u the unit
+roundoff (2^-11 in fp16, 2^-8 in bf16) and S the sum of the absolute values of the partial results,
+an output differs from the whole layer's by at most R u S, and by what the order of fp32 sums does.
+A part may get another kernel than the whole layer; some round weights to the activations' dtype, as
+the table in README.md says.
+
+Gradients of activations pass through. Attention needs whole heads: where ranks do not divide them,
+give ``bounds=split(features, ranks, multiple=head_size)``. A layer that is fused of several, such
+as ``qkv_proj``, is shared out as one, which models that take its output apart do not expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from marlin._packed_linear import PackedLinear
+from marlin._parallel_linear import (
+    Column,
+    ColumnParallelMarlinLinear,
+    ParallelLinear,
+    Read,
+    Row,
+    RowParallelMarlinLinear,
+    Share,
+    layer_of,
+    reader,
+    shape_of,
+    split,
+)
+from marlin.formats.checkpoint import Checkpoint
+from marlin.formats.native import LEAVES, PackedShape, check_values, packed_modules
+from marlin.linear import MarlinLinear
+from marlin.linear24 import MarlinLinear24
+from marlin.load import fill, packed_layer
+from marlin.replace import reason_to_keep
+
+__all__ = [
+    "Column",
+    "ColumnParallelMarlinLinear",
+    "Row",
+    "RowParallelMarlinLinear",
+    "load",
+    "parallelize",
+    "shard",
+    "split",
+]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Plan = Mapping[str, Column | Row]
+
+
+def shard(
+    layer: MarlinLinear | MarlinLinear24,
+    dim: int,
+    rank: int,
+    world_size: int,
+    *,
+    bounds: tuple[int, ...] | None = None,
+) -> MarlinLinear | MarlinLinear24:
+    """One rank's part of a packed layer, exactly, as a layer of the same kind; no communication.
+
+    ``dim`` 0: the output features ``bounds[rank]`` to ``bounds[rank + 1]``, with their bias.
+    ``dim`` 1: these input features, for ``x[..., bounds[rank]:bounds[rank + 1]]``; the outputs of
+    all parts add up to the layer's, and rank 0 has the bias. A group that a bound cuts gives its
+    scale to both sides, whose group size becomes 64 or 32 if need be.
+
+    Args:
+        layer: the whole layer, unchanged.
+        dim: which dimension of the weight ``[out_features, in_features]`` is split.
+        rank: whose part, from 0.
+        world_size: how many parts there are.
+        bounds: as :func:`split` returns them; None: its default.
+
+    Raises:
+        TypeError: ``layer`` is not a packed layer.
+        ValueError: ``dim``, ``rank`` or ``bounds`` do not fit the layer; or, for ``dim`` 1, it has
+            act-order, or a bound cuts a group elsewhere than at a multiple of 32 of its columns:
+            ``RowParallelMarlinLinear`` takes such layers.
+    """
+    share = Share.of(shape_of(layer), dim, bounds, rank, world_size)
+    fix = "use RowParallelMarlinLinear.from_layer, which arranges its input"
+    if not share.part.has_all_columns and layer._buffers.get("perm") is not None:
+        raise ValueError(
+            "layer: got act-order with dim=1; a part's columns multiply input features that lie "
+            f"apart, not a slice of them; {fix}, or quantise with desc_act=False"
+        )
+    if share.part.lead:
+        raise ValueError(
+            f"bounds: got {share.part.columns.start}, which cuts a group of {layer.group_size} "
+            f"columns; it can be cut at multiples of 32 of its columns; {fix}, or choose another"
+        )
+    bias = dim == 0 or rank == 0
+    return layer_of(share.part, reader(layer, share.part), bias=bias).train(layer.training)
+
+
+def parallelize(model: ModelT, plan: Plan, group: dist.ProcessGroup | None = None) -> ModelT:
+    """Replace packed layers of ``model``, in place, by this rank's parts of them; returns it.
+
+    Called on every rank of the group, with the same whole model. One layer at a time: the whole one
+    is dropped before the next is cut.
+
+    Args:
+        model: contains the layers; those that the plan does not name stay whole.
+        plan: a layer's full name, the last part of it, or a glob over the full name (as ``skip`` of
+            :func:`marlin.replace_linear`) -> :class:`Column` or :class:`Row`. Of several that fit a
+            layer the first counts.
+        group: the ranks to share out to; None: all.
+
+    Raises:
+        ValueError: an entry of the plan is of no use, does not fit a layer, or names one that does
+            more than its weight says (has hooks, for example): the message says which. Nothing has
+            been replaced then.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    layers: dict[str, PackedLinear] = {}
+    for path, parent in model.named_modules():
+        for attribute, child in parent._modules.items():
+            if isinstance(child, PackedLinear):
+                if id(child) not in places:
+                    layers[f"{path}.{attribute}" if path else attribute] = child
+                places.setdefault(id(child), []).append((parent, attribute))
+    shares = _follow(plan, {name: shape_of(layer) for name, layer in layers.items()}, group)
+    for name in shares:
+        reason = reason_to_keep(layers[name], [parent for parent, _ in places[id(layers[name])]])
+        if reason:
+            raise ValueError(f"{name}: cannot be replaced: {reason}; leave it out of the plan")
+    for name, (style, share) in shares.items():
+        layer = layers.pop(name)
+        made = _make(style, share, reader(layer, share.part)).train(layer.training)
+        for parent, attribute in places[id(layer)]:
+            setattr(parent, attribute, made)
+    return model
+
+
+def load(
+    model: ModelT,
+    directory: str | Path,
+    plan: Plan,
+    group: dist.ProcessGroup | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> ModelT:
+    """Load a converted checkpoint, of planned layers only what this rank needs; returns ``model``.
+
+    As :func:`marlin.load`, which describes ``device`` and the errors, on a whole model, preferably
+    on the meta device. Names in the plan, as for :func:`parallelize`, are those of the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the model.
+        ValueError: an entry of the plan is of no use, or does not fit a layer: the message names
+            it. The model is unchanged then.
+    """
+    shares = _follow(plan, packed_modules(Checkpoint.open(directory).config), group)
+
+    def read_layer(
+        checkpoint: Checkpoint, name: str, shape: PackedShape, device: torch.device
+    ) -> nn.Module:
+        if name not in shares:
+            return packed_layer(checkpoint, name, shape, device)
+        style, share = shares[name]
+        return _make(style, share, _file_reader(checkpoint, name, share)).to(device)
+
+    return fill(model, directory, device, read_layer)
+
+
+def _file_reader(checkpoint: Checkpoint, name: str, share: Share) -> Read:
+    windows = {
+        leaf: checkpoint.read(f"{name}.{leaf}", share.part.window(leaf))
+        for leaf in LEAVES
+        if f"{name}.{leaf}" in checkpoint.tensors
+    }
+    check_values(name, windows)
+
+    def read(leaf: str) -> torch.Tensor | None:
+        return share.part.trim(leaf, windows[leaf]) if leaf in windows else None
+
+    return read
+
+
+def _make(style: Column | Row, share: Share, read: Read) -> ParallelLinear:
+    if isinstance(style, Column):
+        return ColumnParallelMarlinLinear(share, style, read)
+    return RowParallelMarlinLinear(share, style, read)
+
+
+def _follow(
+    plan: Plan, shapes: Mapping[str, PackedShape], group: dist.ProcessGroup | None
+) -> dict[str, tuple[Column | Row, Share]]:
+    """What this rank gets of each layer that the plan names."""
+    found: dict[str, tuple[Column | Row, Share]] = {}
+    used: set[str] = set()
+    for name, shape in shapes.items():
+        pattern = next((pattern for pattern in plan if _matches(name, pattern)), None)
+        if pattern is None:
+            continue
+        style = plan[pattern]
+        if not isinstance(style, Column | Row):
+            raise TypeError(
+                f"plan: got {style!r} for {pattern!r}; it must be a Column or a Row; see "
+                "help(marlin.parallel)"
+            )
+        try:
+            found[name] = style, Share.here(shape, style, group)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        used.add(pattern)
+    idle = [pattern for pattern in plan if pattern not in used]
+    if idle:
+        raise ValueError(
+            f"plan: got {', '.join(map(repr, idle))}, which no packed layer is left for; an entry "
+            "is a layer's full name, the last part of it or a glob over the full name; quantise "
+            "the model first, or correct the plan"
+        )
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
