@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from marlin import _library as _library  # loads torch.ops.marlin
 from marlin.convert import ConversionReport, convert
 from marlin.formats.checkpoint import CheckpointError
+from marlin.fuse import FuseReport, fuse, unfuse
+from marlin.fused_linear import FusedLinear
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
 from marlin.load import load
@@ -21,13 +23,17 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 __all__ = [
     "CheckpointError",
     "ConversionReport",
+    "FuseReport",
+    "FusedLinear",
     "MarlinLinear",
     "MarlinLinear24",
     "ReplaceReport",
     "VerifyReport",
     "__version__",
     "convert",
+    "fuse",
     "load",
     "replace_linear",
+    "unfuse",
     "verify",
 ]
