@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from types import FunctionType
 from typing import cast
 
 from torch import nn
@@ -15,10 +16,14 @@ from marlin._replace_report import SkippedLayer
 from marlin.fused_linear import (
     BLOCK,
     FusedLinear,
+    FusedPart,
     difference,
     ends_inside_block,
     reason_not_to_fuse,
 )
+from marlin.linear import MarlinLinear
+from marlin.linear24 import MarlinLinear24
+from marlin.replace import HOOKS
 
 __all__ = ["FuseReport", "FusedLayers", "SkippedLayer", "fuse", "unfuse"]
 
@@ -62,9 +67,11 @@ def fuse(model: nn.Module, *, groups: Iterable[Sequence[str]] | None = None) -> 
     # Not of the layers themselves: their old tensors are to go one group after the other.
     parents = [(path, m) for path, m in model.named_modules() if not isinstance(m, LINEAR)]
     for path, parent in parents:
-        candidates = [name for name, child in parent._modules.items() if isinstance(child, LINEAR)]
-        for group in [candidates] if wanted is None else wanted:
-            _Siblings(parent, path, uses, report).fuse(group, named=wanted is not None)
+        siblings = _Siblings(parent, path, uses, report)
+        if wanted is None:
+            siblings.fuse()
+        for group in wanted or ():
+            siblings.fuse(group)
     return report
 
 
@@ -107,8 +114,9 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_groups(model: nn.Module, groups: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
     checked = []
-    for group in [groups] if isinstance(groups, str) else groups:
-        if isinstance(group, str) or not all(isinstance(name, str) for name in group):
+    for group in groups if isinstance(groups, Iterable) else [groups]:
+        names = isinstance(group, Iterable) and all(isinstance(name, str) for name in group)
+        if isinstance(group, str) or not names:
             raise TypeError(
                 f"groups: got {group!r}; each group must be a sequence of names; pass "
                 "[('q_proj', 'k_proj', 'v_proj')]"
@@ -127,6 +135,24 @@ def _check_groups(model: nn.Module, groups: Iterable[Sequence[str]]) -> list[tup
     return checked
 
 
+def _writes_nothing(child: nn.Module | None) -> bool:
+    """Whether a call of a child is known to leave its input alone."""
+    plain = type(child) in (nn.Linear, MarlinLinear, MarlinLinear24, FusedPart)
+    hooked = any(getattr(child, hook, None) for hook in HOOKS)
+    return plain and not hooked and "forward" not in vars(child)
+
+
+def _other_methods(kind: type[nn.Module]) -> list[FunctionType]:
+    """The functions of a class and of its bases, but those of ``nn.Module`` and ``forward``."""
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    return [
+        function
+        for base in bases
+        for name, function in vars(base).items()
+        if isinstance(function, FunctionType) and name not in ("forward", "__init__")
+    ]
+
+
 class _Siblings:
     """The linear layers of one module."""
 
@@ -135,24 +161,27 @@ class _Siblings:
     ) -> None:
         self._parent, self._path, self._uses, self._report = parent, path, uses, report
 
-    def fuse(self, group: Sequence[str], *, named: bool) -> None:
-        """Fuse what can be fused of ``group``; enter it, and what cannot, in the report."""
+    def fuse(self, group: Sequence[str] | None = None) -> None:
+        """Fuse what can be fused, of ``group`` only; enter it, and what cannot, in the report."""
         children = self._parent._modules
-        packed = [name for name in group if isinstance(children.get(name), PackedLinear)]
-        if named and not children.keys() >= set(group):
+        if group is not None and not children.keys() >= set(group):
             return
-        if not packed or len(group) < 2:
+        linear = [name for name, child in children.items() if isinstance(child, LINEAR)]
+        wanted = [name for name in linear if group is None or name in group]
+        packed = [name for name in wanted if isinstance(children[name], PackedLinear)]
+        if not packed or len(linear) < 2:
             return
+        harmless = [name for name, child in children.items() if _writes_nothing(child)]
         forward = vars(self._parent).get("forward", type(self._parent).forward)
         try:
-            runs = call_runs(forward, group)
+            runs = call_runs(forward, wanted, harmless, _other_methods(type(self._parent)))
         except OSError as error:
-            if named or len(packed) > 1:
+            if group is not None or len(packed) > 1:
                 self._skip(packed, f"{error}; use marlin.FusedLinear in a forward of your own")
             return
         for run in runs:
             self._fuse_run(run)
-        if named:
+        if group is not None:
             met = {name for run in runs for name in run.names}
             kind = type(self._parent).__name__
             alone = [name for name in packed if name not in met]
@@ -162,7 +191,8 @@ class _Siblings:
         children = self._parent._modules
         names = [name for name in run.names if isinstance(children[name], PackedLinear)]
         if run.problem:
-            self._skip(names, run.problem)
+            for name in names:
+                self._skip([name], self._reason_alone(name) or run.problem)
             return
         buckets: list[list[str]] = []
         for name in names:

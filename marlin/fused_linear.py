@@ -5,11 +5,12 @@ is called, in any order, any number of times, and it is the same bits every time
 GEMM is that the first part hands the other slices over, and they are taken only where they cannot
 be stale:
 
-- within one ``forward`` of the module that owns the parts, in one thread (hooks open and close it);
+- within one ``forward`` of the module that owns the parts, in one thread (hooks open and close it),
+  after the part that it calls first;
 - by a part that is given the very same tensor, unwritten by its ``_version`` where it has one;
-- in modules whose ``forward`` was read (:mod:`marlin._call_runs`): nothing in it writes the tensor
-  between the calls, nor changes stream, grad mode or autocast. That is needed where a version does
-  not exist (inference mode) or cannot be compared (``torch.compile``).
+- in modules whose source was read (:mod:`marlin._call_runs`): each part is called in one place, and
+  nothing between the calls writes the tensor, or changes stream, grad mode or autocast. That is
+  needed where a version does not exist (inference mode) or cannot be compared (``torch.compile``).
 
 In a compiled graph the handing over happens while Dynamo traces, and leaves one GEMM and no state.
 """
@@ -23,7 +24,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from marlin._packed_linear import PackedLinear
 from marlin.linear import MarlinLinear
@@ -128,7 +128,6 @@ class FusedLinear(nn.Module):
         self.packed = _concatenate([layers[index] for index in order])
         self.names: tuple[str, ...] = ()
         self._name = ""
-        self._handles: tuple[RemovableHandle, ...] = ()
         self._slot = _Slot()
 
     def forward(self, input: Tensor) -> tuple[Tensor, ...]:
@@ -147,30 +146,26 @@ class FusedLinear(nn.Module):
     def part(self, index: int, input: Tensor) -> Tensor:
         """The output of one layer: handed over by a sibling, or computed with theirs."""
         slot = self._slot
-        if (
-            slot.open
-            and slot.input is input
-            and index in slot.parts
-            and slot.version == _version(input)
-        ):
+        if slot.input is input and index in slot.parts and slot.version == _version(input):
             return slot.parts.pop(index)
         parts: dict[int, Tensor] = dict(enumerate(self(input)))
         output = parts.pop(index)
-        if slot.open:
+        if slot.open and index == 0:
             slot.input, slot.version, slot.parts = input, _version(input), parts
         return output
 
     def attach(self, parent: nn.Module, names: Sequence[str]) -> None:
-        """Put parts in place of the children of ``parent`` that this was made from."""
+        """Put parts in place of the children of ``parent`` that this was made from.
+
+        They must be of one run of its ``forward``, in that order: see :mod:`marlin._call_runs`.
+        """
         self.names, self._name = tuple(names), f"fused_{'_'.join(names)}"
         while hasattr(parent, self._name):
             self._name += "_"
         # The parts save and load the tensors, under the old names.
         self.packed._non_persistent_buffers_set.update(self.packed._buffers)
-        self._handles = (
-            parent.register_forward_pre_hook(self._open),
-            parent.register_forward_hook(self._close, always_call=True),
-        )
+        parent.register_forward_pre_hook(self._open)
+        parent.register_forward_hook(self._close, always_call=True)
         parent.add_module(self._name, self)
         for index, name in enumerate(names):
             setattr(parent, name, FusedPart(self, index))
@@ -187,8 +182,11 @@ class FusedLinear(nn.Module):
 
     def detach(self, parent: nn.Module) -> None:
         """Undo :meth:`attach`: layers of their own, with copies of the tensors."""
-        for handle in self._handles:
-            handle.remove()
+        # Not by their handles: these break when a part is copied whose parent is gone.
+        for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+                parent._forward_hooks_always_called.pop(key, None)
         for index, name in enumerate(self.names):
             setattr(parent, name, self.layer(index))
         delattr(parent, self._name)
