@@ -115,10 +115,13 @@ def test_dense(device: str, dtype: torch.dtype, options: dict[str, bool], m: int
     with CountGemms() as gemms:
         outputs = model(x)
     assert gemms.count == 1
-    for name, y in zip(NAMES, outputs, strict=True):
-        layer = getattr(plain, name)
-        weight = reference.dequantize64(layer.qweight, layer.scales, layer.zeros, layer.perm, K)
-        reference.assert_close(y, x, weight, layer.bias)
+    layers = [getattr(plain, name) for name in NAMES]
+    weight = torch.cat(
+        [reference.dequantize64(w.qweight, w.scales, w.zeros, w.perm, K) for w in layers]
+    )
+    bias = torch.cat([layer.bias for layer in layers]) if "bias" in options else None
+    reference.assert_close(torch.cat(outputs, -1), x, weight, bias)
+    for name, layer, y in zip(NAMES, layers, outputs, strict=True):
         assert torch.equal(getattr(model, name).dequantize(), layer.dequantize())
         if device == "cpu":  # where no sum depends on other rows
             assert torch.equal(y, layer(x))
@@ -132,8 +135,9 @@ def test_sparse(device: str, options: dict[str, bool]) -> None:
     with CountGemms() as gemms:
         outputs = FusedLinear(layers)(x)
     assert gemms.count == 1
-    for y, layer, weight in zip(outputs, layers, weights, strict=True):
-        reference.assert_close(y, x, weight, layer.bias, sparse=True)
+    bias = torch.cat([layer.bias for layer in layers]) if "bias" in options else None
+    y, weight = torch.cat(outputs, -1), torch.cat(weights)
+    reference.assert_close(y, x, weight, bias, sparse=True)
     assert isinstance(FusedLinear(layers).packed, MarlinLinear24)
 
 
@@ -400,6 +404,35 @@ def test_compile(backend: str, mode: Any, device: str) -> None:
             tolerance = 4e-3 * float(want.abs().max()) if backend == "inductor" else 0
             torch.testing.assert_close(compiled(x), want, rtol=0, atol=tolerance)
     assert counts == [3]
+    assert_slots_are_empty(model)
+
+
+def test_compile_of_the_owner_itself() -> None:
+    torch._dynamo.reset()
+    model, plain = fused_and_plain(Attention())
+    compiled, counts = compiled_with_count(model, "aot_eager")
+    for m in (5, 5, 7, 9):  # and once with a symbolic number of rows
+        assert_equal(compiled(inputs(m)), plain(inputs(m)))
+    assert counts == [1, 1]
+
+
+class PrintsBetween(Attention):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.wq(x)
+        print(q.shape)
+        return q, self.wk(x), self.wv(x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_compile_with_a_graph_break_between_the_calls(mode: Any) -> None:
+    torch._dynamo.reset()
+    model, plain = fused_and_plain(PrintsBetween())
+    compiled = torch.compile(model, backend="aot_eager")
+    with mode():
+        x = inputs()
+        for _ in range(4):
+            assert_equal(compiled(x), plain(x))
+            x.mul_(-1)
     assert_slots_are_empty(model)
 
 
@@ -764,6 +797,33 @@ def test_a_forward_that_cannot_be_read() -> None:
     found = reasons(namespace["Model"]())
     assert found.keys() == set(NAMES)
     assert_message(AssertionError(found["wk"]), "source of forward cannot be read", "FusedLinear")
+
+
+class Adapter(nn.Module):
+    """A wrapper of a layer, as adapters put it into a model."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) * self.scale
+
+
+def test_adapters() -> None:
+    """Around parts they change nothing; a layer with one is not seen by a later fuse."""
+    model, plain = fused_and_plain(Attention())
+    for each in (model, plain):
+        each.wk = Adapter(each.wk)
+    with CountGemms() as gemms:
+        outputs = model(inputs())
+    assert gemms.count == 1
+    assert_equal(outputs, plain(inputs()))
+    gradient(model)
+    assert model.wk.scale.grad is not None
+    assert fused_names(plain) == []
+    assert isinstance(plain.wk.base_layer, MarlinLinear)
 
 
 def test_a_forward_on_the_instance_is_read() -> None:
