@@ -11,12 +11,12 @@ from torch import nn
 
 from marlin._call_runs import CallRun, call_runs
 from marlin._fuse_report import FusedLayers, FuseReport
+from marlin._fused_part import FusedPart
 from marlin._packed_linear import PackedLinear
 from marlin._replace_report import SkippedLayer
 from marlin.fused_linear import (
     BLOCK,
     FusedLinear,
-    FusedPart,
     difference,
     ends_inside_block,
     reason_not_to_fuse,
@@ -238,7 +238,7 @@ class _Siblings:
             else:
                 reasons.append(
                     f"its {self._layer(name).out_features} output features are not a multiple of "
-                    f"{BLOCK}, nor are those of {other}"
+                    f"{BLOCK}, nor are those of {other}, and only the last may be so"
                 )
         return "; ".join(reasons)
 
