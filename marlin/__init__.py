@@ -8,6 +8,8 @@ from marlin import _library as _library  # loads torch.ops.marlin
 from marlin.convert import ConversionReport, convert
 from marlin.export import export
 from marlin.formats.checkpoint import CheckpointError
+from marlin.fuse import FuseReport, fuse, unfuse
+from marlin.fused_linear import FusedLinear
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
 from marlin.load import load
@@ -22,6 +24,8 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 __all__ = [
     "CheckpointError",
     "ConversionReport",
+    "FuseReport",
+    "FusedLinear",
     "MarlinLinear",
     "MarlinLinear24",
     "ReplaceReport",
@@ -29,7 +33,9 @@ __all__ = [
     "__version__",
     "convert",
     "export",
+    "fuse",
     "load",
     "replace_linear",
+    "unfuse",
     "verify",
 ]

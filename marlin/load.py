@@ -19,6 +19,7 @@ from marlin.formats.native import (
     check_values,
     packed_modules,
 )
+from marlin.fuse import fuse as fuse_layers
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
 from marlin.replace import reason_to_keep
@@ -184,7 +185,11 @@ def _compare_names(
 
 
 def load(
-    model: ModelT, directory: str | Path, *, device: torch.device | str | None = None
+    model: ModelT,
+    directory: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    fuse: bool = False,
 ) -> ModelT:
     """Load a converted checkpoint into ``model``, in place, and return it.
 
@@ -192,7 +197,8 @@ def load(
     by a ``MarlinLinear24`` where its weight is stored 2:4 sparse; every other parameter and
     persistent buffer takes the checkpoint's tensor and its dtype. The model may be on any device,
     meta included: ``device`` says where its tensors go, None keeps each where it is (the CPU for
-    meta). Names that share one tensor stay tied. The match is strict.
+    meta). Names that share one tensor stay tied. The match is strict. With ``fuse``, layers that
+    read the same input become one GEMM afterwards: :func:`marlin.fuse`, which also says which.
 
     Only plain ``nn.Linear`` layers are replaced: not subclasses, nor layers with hooks,
     parametrizations or a forward of their own. Tensors of the checkpoint that are non-persistent
@@ -263,4 +269,6 @@ def fill(
         )
     if wanted is not None:
         model.to(wanted)
+    if fuse:
+        fuse_layers(model)
     return model
