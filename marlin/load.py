@@ -208,7 +208,10 @@ def load(
     is missing, unexpected, or of another shape; the model is unchanged when names or shapes do not
     match.
     """
-    return fill(model, directory, device, packed_layer)
+    fill(model, directory, device, packed_layer)
+    if fuse:
+        fuse_layers(model)
+    return model
 
 
 def fill(
@@ -269,6 +272,4 @@ def fill(
         )
     if wanted is not None:
         model.to(wanted)
-    if fuse:
-        fuse_layers(model)
     return model

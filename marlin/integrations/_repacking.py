@@ -102,8 +102,8 @@ class _LoadedLayer(Checkpoint):
         self.loaded = {f"{layer.name}.{leaf}": tensor for leaf, tensor in holder.named_buffers()}
         self.device, self.dtype = device, dtype
 
-    def read(self, name: str) -> Tensor:
-        tensor = self.loaded[name]
+    def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
+        tensor = self.loaded[name][window]
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
