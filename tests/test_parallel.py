@@ -520,15 +520,15 @@ def loads(device: str, directory: Path) -> None:
 
 def reads_little(device: str, directory: Path) -> None:
     read: dict[str, int] = {}
-    read_bytes = Checkpoint.read_bytes
+    read_tensor = Checkpoint.read
 
-    def count(self: Checkpoint, name: str, *arguments: Any, **options: Any) -> Iterator[bytes]:
-        for chunk in read_bytes(self, name, *arguments, **options):
-            read[name] = read.get(name, 0) + len(chunk)
-            yield chunk
+    def count(self: Checkpoint, name: str, *arguments: Any, **options: Any) -> Tensor:
+        tensor = read_tensor(self, name, *arguments, **options)
+        read[name] = read.get(name, 0) + tensor.nbytes
+        return tensor
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoint, "read_bytes", count)
+        patch.setattr(Checkpoint, "read", count)
         load(tiny(), directory, TINY_PLAN, device=device)
     up, down = "model.layers.0.up", "model.layers.0.down"
     # 96 output features are two blocks of 64, and so are 96 input features.
