@@ -75,7 +75,10 @@ def quantize_rtn(
         low = chunk.amin(-1).clamp(max=0)  # amin and amax pass NaN on
         high = chunk.amax(-1).clamp(min=0)
         _check_finite(low, high, start, layer)
-        step = torch.maximum(high / 7.5, low / -8.5) if symmetric else (high - low) / 15
+        if symmetric:
+            step = torch.maximum(_quotient(high, 7.5), _quotient(low, -8.5))
+        else:
+            step = _quotient(high - low, 15)
         step = _round_up(torch.where(step == 0, 1.0, step), dtype)
         exact = step.to(accurate)
         zero = torch.full_like(exact, SYMMETRIC_ZERO) if symmetric else (low / -exact).round_()
@@ -86,6 +89,15 @@ def quantize_rtn(
         if zeros is not None:
             zeros[:, start:stop] = zero.T.to(torch.uint8)
     return QuantizedWeight(q, scales, zeros)
+
+
+def _quotient(dividend: Tensor, divisor: float) -> Tensor:
+    """``dividend / divisor``, correctly rounded on every device.
+
+    On a GPU, torch divides by a Python number by multiplying with its inverse, which may round
+    otherwise than the CPU does.
+    """
+    return dividend / dividend.new_full((), divisor)
 
 
 def _round_up(step: Tensor, dtype: torch.dtype) -> Tensor:

@@ -248,9 +248,8 @@ def test_greedy_text(models: tuple[Any, dict[str, GptqLayer]], device: str, form
             continue
         first = int(differ[0])
         chosen = logits[first, prompt]
-        best = chosen.topk(2)
-        gap = float(best.values[0] - best.values[1])
+        gap = float(chosen.max() - chosen[texts[prompt, first]])
         bound = BOUND * float(chosen[chosen.isfinite()].abs().max())
         print(f"{form}, prompt {prompt}: token {first} differs, a gap of {gap:.4f} of {bound:.4f}")
-        assert texts[prompt, first] == best.indices[1]
         assert gap <= bound
+        assert (chosen >= chosen[texts[prompt, first]]).sum() <= 2  # of the best two
