@@ -61,16 +61,21 @@ class _AllFeatures(torch.autograd.Function):
         return grad[..., start:stop], None, None
 
 
+def _applied(function: Any, *arguments: Any) -> Tensor:
+    """``function.apply``, which is typed in some versions of torch only."""
+    return cast(Tensor, function.apply(*arguments))
+
+
 def for_all_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """``x``, equal on all ranks, to be used by each in its own way: gradients are added up."""
-    return cast(Tensor, _ForAllRanks.apply(x, group)) if x.requires_grad else x  # type: ignore[no-untyped-call]
+    return _applied(_ForAllRanks, x, group) if x.requires_grad else x
 
 
 def sum_of_ranks(y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum of all ranks' ``y``, in its dtype and its memory."""
-    return cast(Tensor, _SumOfRanks.apply(y, group))  # type: ignore[no-untyped-call]
+    return _applied(_SumOfRanks, y, group)
 
 
 def all_features(x: Tensor, bounds: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
     """``[..., bounds[-1]]`` on every rank, from features ``bounds[r]`` to ``bounds[r + 1]``."""
-    return cast(Tensor, _AllFeatures.apply(x, bounds, group))  # type: ignore[no-untyped-call]
+    return _applied(_AllFeatures, x, bounds, group)
