@@ -82,15 +82,15 @@ struct DecodeBarriers {
   // Of what the other block of a pair sends.
   __device__ uint32_t received(int pass) const { return sums_free() + 8 + 8 * pass; }
 
-  // Those of the first stages of weights and scales, by the warp that copies weights; then the others, by
-  // all warps, which share the work: a thread needs 20 cycles for each. Not by lanes: the instruction
-  // wants an address that is the same in the warp.
+  // Those that the first copies of weights need, by the warp that asks for them.
   __device__ void init_first() const {
     if (!ptx::elect_one()) return;
 #pragma unroll
     for (int i = 0; i < S::kFirstStages; ++i) init_full(i);
     ptx::mbarrier_init_fence();
   }
+  // The rest, by all other warps, which share the work: a thread needs 20 cycles for each. Not by lanes: the
+  // instruction wants an address that is the same in the warp.
   __device__ void init_others(int warp, int warps) const {
     if (!ptx::elect_one()) return;
 #pragma unroll 1
@@ -112,7 +112,8 @@ struct DecodeBarriers {
   }
 
  private:
-  __device__ void init_full(int i) const { ptx::mbarrier_init(full() + 8 * i, 2); }  // and scales
+  // Weights, and their scales, arrive.
+  __device__ void init_full(int i) const { ptx::mbarrier_init(full() + 8 * i, 2); }
 };
 
 // A block's tiles, in turn: the shared one, of which it does its half of k, then the others.
