@@ -238,7 +238,7 @@ def _reason_to_skip(
     """Why a layer must stay as it is; empty if it need not."""
     linear = candidate.linear
     for pattern in patterns:
-        if any(_matches(name, pattern) for _, _, name in candidate.places):
+        if any(matches(name, pattern) for _, _, name in candidate.places):
             return f"skip={pattern!r}"
     reason = reason_to_keep(linear, [parent for parent, _, _ in candidate.places])
     if reason:
@@ -278,7 +278,8 @@ def reason_to_keep(layer: nn.Module, parents: Iterable[nn.Module]) -> str:
     return ""
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern names a layer: its full name, the last part of it, or a glob over it."""
     return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
 
 

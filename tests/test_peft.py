@@ -82,6 +82,23 @@ def test_merging_is_refused(tmp_path: Path) -> None:
         model.merge_and_unload()
 
 
+def test_fused_layers(tmp_path: Path) -> None:
+    """Adapters come before fusing, which leaves their layers out."""
+    folder = write_llama(tmp_path / "dst").directory
+    model = load(folder, "cpu")
+    marlin.fuse(model)
+    with pytest.raises(ValueError, match=r"got a layer that marlin.fuse.*call marlin.unfuse"):
+        peft.get_peft_model(model, lora())
+    options = lora(init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(load(folder, "cpu"), options).eval()
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        fused = {name for group in marlin.fuse(model).fused for name in group.names}
+        assert {name.rpartition(".")[2] for name in fused} == {"gate_proj", "up_proj"}
+        assert torch.equal(model(TOKENS).logits, before)
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
 def test_variants_that_need_the_weight_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     model = load(write_llama(tmp_path / "dst").directory, "cpu")

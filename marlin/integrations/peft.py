@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from marlin._fused_part import FusedPart
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
 
@@ -47,13 +48,27 @@ class MarlinLoraLinear(LoraLinear):
         )
 
 
+def _refuse_fused(layer: FusedPart, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        "target_modules: got a layer that marlin.fuse has made one of several; its input must stay "
+        "that of the others; call marlin.unfuse(model), get the adapters, then marlin.fuse(model), "
+        "which leaves layers with adapters out"
+    )
+
+
 _post_init = LoraConfig.__post_init__
 
 
 def _register(config: LoraConfig) -> None:
     """Each configuration tells peft of layers that are not its own, so every new one does."""
     _post_init(config)
-    config._register_custom_module(dict.fromkeys((MarlinLinear, MarlinLinear24), MarlinLoraLinear))
+    config._register_custom_module(
+        {
+            MarlinLinear: MarlinLoraLinear,
+            MarlinLinear24: MarlinLoraLinear,
+            FusedPart: _refuse_fused,  # in place of a list of layers that peft knows
+        }
+    )
 
 
 LoraConfig.__post_init__ = _register  # type: ignore[method-assign, unused-ignore]

@@ -240,6 +240,16 @@ class RepackingQuantizer(MarlinQuantizer):
         self._layers = {}
 
 
+class _ConfigOfMarlin(RepackingConfig):
+    """Chooses for ``quant_method`` ``marlin``, which the original kernel's packing has, too."""
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any], **kwargs: Any) -> QuantizationConfigMixin:
+        kind = MarlinConfig if "format_version" in entries else RepackingConfig
+        chosen: QuantizationConfigMixin = kind.from_dict(entries, **kwargs)
+        return chosen
+
+
 _registry = threading.RLock()
 
 
@@ -260,8 +270,9 @@ def repacking() -> Iterator[None]:
     """
     mapping = AUTO_QUANTIZATION_CONFIG_MAPPING
     with _registry:
-        usual = {method: mapping[method] for method in METHODS}
+        usual = {method: mapping[method] for method in (*METHODS, METHOD)}
         mapping.update(dict.fromkeys(METHODS, RepackingConfig))
+        mapping[METHOD] = _ConfigOfMarlin
         try:
             yield
         finally:
