@@ -17,7 +17,8 @@ an output differs from the whole layer's by at most R u S, and by what the order
 A part may get another kernel than the whole layer; some round weights to the activations' dtype, as
 the table in README.md says.
 
-Gradients of activations pass through. Attention needs whole heads: where ranks do not divide them,
+A state dict holds a rank's parts, and is for ranks that share the layers out alike. Gradients of
+activations pass through. Attention needs whole heads: where ranks do not divide them,
 give ``bounds=split(features, ranks, multiple=head_size)``. A layer that is fused of several, such
 as ``qkv_proj``, is shared out as one, which models that take its output apart do not expect.
 """

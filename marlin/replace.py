@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from marlin._fused_part import FusedPart
 from marlin._replace_report import ReplacedLayer, ReplaceReport, SkippedLayer
 from marlin.formats.packed import COMPUTE_DTYPES, group_count
 from marlin.formats.sparse import QUAD
@@ -265,6 +266,8 @@ def reason_to_keep(layer: nn.Module, parents: Iterable[nn.Module]) -> str:
     """Why a layer does more than its weight says, so that another cannot stand in; or empty."""
     if "parametrizations" in layer._modules:
         return "its weight is parametrized; make it permanent with remove_parametrizations"
+    if isinstance(layer, FusedPart):
+        return "it is fused with others, which marlin.unfuse(model) undoes"
     if type(layer) not in (nn.Linear, MarlinLinear, MarlinLinear24):
         kind = "a subclass of nn.Linear" if isinstance(layer, nn.Linear) else "not an nn.Linear"
         return f"{type(layer).__name__} is {kind} and may do more than it"

@@ -62,13 +62,9 @@ _post_init = LoraConfig.__post_init__
 def _register(config: LoraConfig) -> None:
     """Each configuration tells peft of layers that are not its own, so every new one does."""
     _post_init(config)
-    config._register_custom_module(
-        {
-            MarlinLinear: MarlinLoraLinear,
-            MarlinLinear24: MarlinLoraLinear,
-            FusedPart: _refuse_fused,  # in place of a list of layers that peft knows
-        }
-    )
+    layers: dict[Any, Any] = dict.fromkeys((MarlinLinear, MarlinLinear24), MarlinLoraLinear)
+    # It is refused here, as peft would only list the layers of torch that it knows.
+    config._register_custom_module(layers | {FusedPart: _refuse_fused})
 
 
 LoraConfig.__post_init__ = _register  # type: ignore[method-assign, unused-ignore]
