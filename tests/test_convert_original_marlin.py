@@ -23,10 +23,10 @@ from checkpoints import (
     write_tensors,
 )
 from damage import (
+    CHANGES,
     Damage,
-    assert_exact_or_refused,
+    assert_changes_are_noticed,
     assert_refused,
-    change_bytes,
     poke,
     put,
     remove,
@@ -37,7 +37,6 @@ from damage import (
     truncate,
 )
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from memory import grown
 from test_convert_24 import model_of
 from test_formats_original_marlin import write
@@ -315,21 +314,11 @@ def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(
-    file=st.sampled_from(["model.safetensors", "model.safetensors", "config.json"]),
-    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1),
-)
+@given(**CHANGES)
 def test_changed_bytes(
-    tmp_path_factory: pytest.TempPathFactory,
-    valid: Path,
-    file: str,
-    edits: list[tuple[float, int]],
+    tmp_path_factory: pytest.TempPathFactory, valid: Path, **change: Any
 ) -> None:
-    root = tmp_path_factory.mktemp("fuzz")
-    shutil.copytree(valid, root / "src")
-    change_bytes(root / "src" / file, edits)
-    assert_exact_or_refused(root)
-    shutil.rmtree(root)
+    assert_changes_are_noticed(tmp_path_factory.mktemp("fuzz"), valid, **change)
 
 
 def test_memory_is_bounded_by_a_layer(tmp_path: Path) -> None:

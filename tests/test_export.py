@@ -31,10 +31,10 @@ from checkpoints import (
     write_tensors,
 )
 from damage import (
+    CHANGES,
     Damage,
-    assert_exact_or_refused,
+    assert_changes_are_noticed,
     assert_refused,
-    change_bytes,
     poke,
     put,
     remove,
@@ -547,21 +547,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(
-    file=st.sampled_from(["model.safetensors", "model.safetensors", "config.json"]),
-    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1),
-)
+@given(**CHANGES)
 def test_changed_bytes(
-    tmp_path_factory: pytest.TempPathFactory,
-    small: Path,
-    file: str,
-    edits: list[tuple[float, int]],
+    tmp_path_factory: pytest.TempPathFactory, small: Path, **change: Any
 ) -> None:
-    root = tmp_path_factory.mktemp("fuzz")
-    shutil.copytree(small, root / "src")
-    change_bytes(root / "src" / file, edits)
-    assert_exact_or_refused(root, export)
-    shutil.rmtree(root)
+    assert_changes_are_noticed(tmp_path_factory.mktemp("fuzz"), small, **change, run=export)
 
 
 @pytest.mark.parametrize("step", ["_write_all", "_write_layer", "write_index", "write_file"])
