@@ -32,9 +32,9 @@ class _ForAllRanks(torch.autograd.Function):
 class _SumOfRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.mark_dirty(y)
-        dist.all_reduce(y, group=group)
-        return y
+        total = y.clone()  # in place, torch.compile would not take it
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -72,8 +72,11 @@ def for_all_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def sum_of_ranks(y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of all ranks' ``y``, in its dtype and its memory."""
-    return _applied(_SumOfRanks, y, group)
+    """The sum of all ranks' ``y``, in its dtype; in its memory, too, where it has no gradient."""
+    if y.requires_grad:
+        return _applied(_SumOfRanks, y, group)
+    dist.all_reduce(y, group=group)
+    return y
 
 
 def all_features(x: Tensor, bounds: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:

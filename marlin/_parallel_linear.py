@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marlin._collectives import all_features, for_all_ranks, sum_of_ranks
+from marlin._fused_part import FusedPart
 from marlin._packed_linear import PackedLinear
 from marlin._part import Part
 from marlin.formats.native import LEAVES, PackedShape
+from marlin.fused_linear import FusedLinear
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
 
 Read = Callable[[str], Tensor | None]  # a tensor of a part by its name, None: it has none
+FUSED = (FusedLinear, FusedPart)
 UNITS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
@@ -146,9 +149,12 @@ class Share:
 def shape_of(layer: nn.Module) -> PackedShape:
     """The sizes of a packed layer; raises TypeError if it is another module."""
     if not isinstance(layer, PackedLinear):
+        fix = "quantise it first, with MarlinLinear.from_linear or marlin.replace_linear"
+        if isinstance(layer, FUSED):
+            fix = "call marlin.unfuse on the model first"
         raise TypeError(
             f"layer: got {type(layer).__name__}; it must be a MarlinLinear or a MarlinLinear24; "
-            "quantise it first, with MarlinLinear.from_linear or marlin.replace_linear"
+            f"{fix}"
         )
     return PackedShape(layer.in_features, layer.out_features, layer.group_size, layer.sparse)
 

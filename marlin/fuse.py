@@ -48,8 +48,10 @@ def fuse(model: nn.Module, *, groups: Iterable[Sequence[str]] | None = None) -> 
     Fused are ``MarlinLinear`` or ``MarlinLinear24`` layers of one kind, with the same input
     features, group size, symmetry, dtype, device and act-order; all but one with a multiple of 64
     output features. Left as they are, with the reason in the report: others; layers that have hooks
-    or a forward of their own, or are in several places of the model. One group at a time is copied,
-    then its old tensors are dropped. A ``forward`` that is replaced later is not read again.
+    or a forward of their own, or are in several places of the model. Layers that are inside
+    another's module, of :mod:`marlin.parallel` or with adapters of peft, are not looked at. One
+    group at a time is copied, then its old tensors are dropped. A ``forward`` that is replaced
+    later is not read again.
 
     Args:
         model: any module with packed layers; changed in place. Fusing again changes nothing.

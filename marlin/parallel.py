@@ -17,7 +17,8 @@ an output differs from the whole layer's by at most R u S, and by what the order
 A part may get another kernel than the whole layer; some round weights to the activations' dtype, as
 the table in README.md says.
 
-Gradients of activations pass through. Attention needs whole heads: where ranks do not divide them,
+A state dict holds a rank's parts, and is for ranks that share the layers out alike. Gradients of
+activations pass through. Attention needs whole heads: where ranks do not divide them,
 give ``bounds=split(features, ranks, multiple=head_size)``. A layer that is fused of several, such
 as ``qkv_proj``, is shared out as one, which models that take its output apart do not expect.
 """
@@ -25,7 +26,6 @@ as ``qkv_proj``, is shared out as one, which models that take its output apart d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +35,7 @@ from torch import nn
 
 from marlin._packed_linear import PackedLinear
 from marlin._parallel_linear import (
+    FUSED,
     Column,
     ColumnParallelMarlinLinear,
     ParallelLinear,
@@ -49,10 +50,11 @@ from marlin._parallel_linear import (
 )
 from marlin.formats.checkpoint import Checkpoint
 from marlin.formats.native import LEAVES, PackedShape, check_values, packed_modules
+from marlin.fused_linear import FusedLinear
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
 from marlin.load import fill, packed_layer
-from marlin.replace import reason_to_keep
+from marlin.replace import matches, reason_to_keep
 
 __all__ = [
     "Column",
@@ -92,7 +94,7 @@ def shard(
         bounds: as :func:`split` returns them; None: its default.
 
     Raises:
-        TypeError: ``layer`` is not a packed layer.
+        TypeError: ``layer`` is not a packed layer, or is fused with others.
         ValueError: ``dim``, ``rank`` or ``bounds`` do not fit the layer; or, for ``dim`` 1, it has
             act-order, or a bound cuts a group elsewhere than at a multiple of 32 of its columns:
             ``RowParallelMarlinLinear`` takes such layers.
@@ -127,17 +129,22 @@ def parallelize(model: ModelT, plan: Plan, group: dist.ProcessGroup | None = Non
         group: the ranks to share out to; None: all.
 
     Raises:
-        ValueError: an entry of the plan is of no use, does not fit a layer, or names one that does
-            more than its weight says (has hooks, for example): the message says which. Nothing has
-            been replaced then.
+        ValueError: an entry of the plan is of no use, does not fit a layer, or names one that is
+            fused with others or does more than its weight says (has hooks, for example): the
+            message says which. Nothing has been replaced then.
     """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     layers: dict[str, PackedLinear] = {}
     for path, parent in model.named_modules():
+        if isinstance(parent, ParallelLinear):
+            continue  # a part, which an earlier call has cut
         for attribute, child in parent._modules.items():
-            if isinstance(child, PackedLinear):
+            name = f"{path}.{attribute}" if path else attribute
+            if isinstance(parent, FusedLinear) or isinstance(child, FUSED):
+                _check_not_in_plan(name, plan)
+            elif isinstance(child, PackedLinear):
                 if id(child) not in places:
-                    layers[f"{path}.{attribute}" if path else attribute] = child
+                    layers[name] = child
                 places.setdefault(id(child), []).append((parent, attribute))
     shares = _follow(plan, {name: shape_of(layer) for name, layer in layers.items()}, group)
     for name in shares:
@@ -203,6 +210,19 @@ def _make(style: Column | Row, share: Share, read: Read) -> ParallelLinear:
     return RowParallelMarlinLinear(share, style, read)
 
 
+def _check_not_in_plan(name: str, plan: Plan) -> None:
+    pattern = _pattern_for(name, plan)
+    if pattern is not None:
+        raise ValueError(
+            f"{name}: got {pattern!r} in the plan for layers that are fused; layers are shared out "
+            "one by one; call marlin.unfuse(model) first, or leave them out of the plan"
+        )
+
+
+def _pattern_for(name: str, plan: Plan) -> str | None:
+    return next((pattern for pattern in plan if matches(name, pattern)), None)
+
+
 def _follow(
     plan: Plan, shapes: Mapping[str, PackedShape], group: dist.ProcessGroup | None
 ) -> dict[str, tuple[Column | Row, Share]]:
@@ -210,7 +230,7 @@ def _follow(
     found: dict[str, tuple[Column | Row, Share]] = {}
     used: set[str] = set()
     for name, shape in shapes.items():
-        pattern = next((pattern for pattern in plan if _matches(name, pattern)), None)
+        pattern = _pattern_for(name, plan)
         if pattern is None:
             continue
         style = plan[pattern]
@@ -232,7 +252,3 @@ def _follow(
             "the model first, or correct the plan"
         )
     return found
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)

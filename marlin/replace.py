@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from marlin._fused_part import FusedPart
 from marlin._replace_report import ReplacedLayer, ReplaceReport, SkippedLayer
 from marlin.formats.packed import COMPUTE_DTYPES, group_count
 from marlin.formats.sparse import QUAD
@@ -238,7 +239,7 @@ def _reason_to_skip(
     """Why a layer must stay as it is; empty if it need not."""
     linear = candidate.linear
     for pattern in patterns:
-        if any(_matches(name, pattern) for _, _, name in candidate.places):
+        if any(matches(name, pattern) for _, _, name in candidate.places):
             return f"skip={pattern!r}"
     reason = reason_to_keep(linear, [parent for parent, _, _ in candidate.places])
     if reason:
@@ -265,6 +266,8 @@ def reason_to_keep(layer: nn.Module, parents: Iterable[nn.Module]) -> str:
     """Why a layer does more than its weight says, so that another cannot stand in; or empty."""
     if "parametrizations" in layer._modules:
         return "its weight is parametrized; make it permanent with remove_parametrizations"
+    if isinstance(layer, FusedPart):
+        return "it is fused with others, which marlin.unfuse(model) undoes"
     if type(layer) not in (nn.Linear, MarlinLinear, MarlinLinear24):
         kind = "a subclass of nn.Linear" if isinstance(layer, nn.Linear) else "not an nn.Linear"
         return f"{type(layer).__name__} is {kind} and may do more than it"
@@ -278,7 +281,8 @@ def reason_to_keep(layer: nn.Module, parents: Iterable[nn.Module]) -> str:
     return ""
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern names a layer: its full name, the last part of it, or a glob over it."""
     return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
 
 

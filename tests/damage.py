@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from checkpoints import snapshot, write_tensors
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -152,3 +153,24 @@ def assert_exact_or_refused(root: Path, run: Callable[..., object] = convert) ->
     else:
         assert verify(root / "dst", root / "src", progress=False).equal
     assert snapshot(root / "src") == before
+
+
+# What hypothesis gives to test_changed_bytes: the arguments of assert_changes_are_noticed.
+CHANGES = {
+    "file": st.sampled_from(["model.safetensors", "model.safetensors", "config.json"]),
+    "edits": st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1),
+}
+
+
+def assert_changes_are_noticed(
+    root: Path,
+    valid: Path,
+    file: str,
+    edits: Iterable[tuple[float, int]],
+    run: Callable[..., object] = convert,
+) -> None:
+    """A copy of ``valid`` in ``root``, with changed bytes, is refused, or converted exactly."""
+    shutil.copytree(valid, root / "src")
+    change_bytes(root / "src" / file, edits)
+    assert_exact_or_refused(root, run)
+    shutil.rmtree(root)

@@ -29,10 +29,10 @@ from checkpoints import (
     write_tensors,
 )
 from damage import (
+    CHANGES,
     Damage,
-    assert_exact_or_refused,
+    assert_changes_are_noticed,
     assert_refused,
-    change_bytes,
     poke,
     put,
     remove,
@@ -402,18 +402,8 @@ def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
 @settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(
-    file=st.sampled_from(["model.safetensors", "model.safetensors", "config.json"]),
-    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1),
-)
+@given(**CHANGES)
 def test_changed_bytes(
-    tmp_path_factory: pytest.TempPathFactory,
-    valid: Path,
-    file: str,
-    edits: list[tuple[float, int]],
+    tmp_path_factory: pytest.TempPathFactory, valid: Path, **change: Any
 ) -> None:
-    root = tmp_path_factory.mktemp("fuzz")
-    shutil.copytree(valid, root / "src")
-    change_bytes(root / "src" / file, edits)
-    assert_exact_or_refused(root)
-    shutil.rmtree(root)
+    assert_changes_are_noticed(tmp_path_factory.mktemp("fuzz"), valid, **change)

@@ -31,10 +31,10 @@ from checkpoints import (
     write_tensors,
 )
 from damage import (
+    CHANGES,
     Damage,
-    assert_exact_or_refused,
+    assert_changes_are_noticed,
     assert_refused,
-    change_bytes,
     poke,
     put,
     remove,
@@ -44,6 +44,7 @@ from damage import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory import grown
 from safetensors.torch import load_file
 from test_convert_marlin_24 import write_sparse
 from torch import Tensor
@@ -546,21 +547,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(
-    file=st.sampled_from(["model.safetensors", "model.safetensors", "config.json"]),
-    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1),
-)
+@given(**CHANGES)
 def test_changed_bytes(
-    tmp_path_factory: pytest.TempPathFactory,
-    small: Path,
-    file: str,
-    edits: list[tuple[float, int]],
+    tmp_path_factory: pytest.TempPathFactory, small: Path, **change: Any
 ) -> None:
-    root = tmp_path_factory.mktemp("fuzz")
-    shutil.copytree(small, root / "src")
-    change_bytes(root / "src" / file, edits)
-    assert_exact_or_refused(root, export)
-    shutil.rmtree(root)
+    assert_changes_are_noticed(tmp_path_factory.mktemp("fuzz"), small, **change, run=export)
 
 
 @pytest.mark.parametrize("step", ["_write_all", "_write_layer", "write_index", "write_file"])
@@ -614,22 +605,8 @@ def test_memory_is_bounded_by_a_layer(tmp_path: Path, act_order: bool) -> None:
     others = {"embed.weight": torch.zeros(64, 1024, 1024, dtype=torch.uint8)}
     write_checkpoint(tmp_path / "src", layers, others=others)
     convert(tmp_path / "src", tmp_path / "dst", progress=False)
-    code = (
-        "import re, sys\n"
-        "from marlin.export import export\n"
-        "import torch\n"
-        "def peak():\n"
-        "    return int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
-        "torch.ops.marlin.unpack(torch.zeros(32, 32, 512, dtype=torch.int32), 2048, 2048)\n"
-        "before = peak()\n"
-        "export(sys.argv[1], sys.argv[2])\n"
-        "print(peak() - before)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "dst"), str(tmp_path / "out")]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, check=True, text=True, timeout=300
-    )
-    assert int(done.stdout) < 60 * 1024  # KiB; the source has at least 98 MiB
+    peak = grown("marlin.export(source, target)", tmp_path / "dst", tmp_path / "out")
+    assert peak < 60  # the source has at least 98 MiB
 
 
 def test_the_exported_file_is_a_plain_one(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from checkpoints import (
     write_checkpoint,
 )
 from damage import (
+    CHANGES,
     Damage,
+    assert_changes_are_noticed,
     assert_exact_or_refused,
     assert_refused,
-    change_bytes,
     header,
     patch,
     poke,
@@ -394,7 +395,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).directory
 
 
-FILES = st.sampled_from(["model.safetensors", "model.safetensors", "config.json"])
+FILES = CHANGES["file"]
 FUZZ = settings(
     max_examples=200,
     deadline=None,
@@ -403,18 +404,11 @@ FUZZ = settings(
 
 
 @FUZZ
-@given(file=FILES, edits=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1))
+@given(**CHANGES)
 def test_changed_bytes(
-    tmp_path_factory: pytest.TempPathFactory,
-    small: Path,
-    file: str,
-    edits: list[tuple[float, int]],
+    tmp_path_factory: pytest.TempPathFactory, small: Path, **change: Any
 ) -> None:
-    root = tmp_path_factory.mktemp("fuzz")
-    shutil.copytree(small, root / "src")
-    change_bytes(root / "src" / file, edits)
-    assert_exact_or_refused(root)
-    shutil.rmtree(root)
+    assert_changes_are_noticed(tmp_path_factory.mktemp("fuzz"), small, **change)
 
 
 @FUZZ

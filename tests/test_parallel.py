@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from checkpoints import Tiny, gptq_config, make_sparse, write_checkpoint, write_tensors
 from checkpoints import make_layer as make_gptq
+from fusable import Block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import Layer, assert_message, assert_same, make_layer, make_layer_24
@@ -21,7 +22,7 @@ from ranks import Ranks
 from torch import Tensor, nn
 
 import marlin
-from marlin import CheckpointError, MarlinLinear, MarlinLinear24
+from marlin import CheckpointError, FusedLinear, MarlinLinear, MarlinLinear24
 from marlin._part import Part
 from marlin.formats.checkpoint import Checkpoint
 from marlin.formats.native import PackedShape
@@ -412,6 +413,12 @@ class TestParallelize:
     def test_refusals_change_nothing(self, ranks: Ranks) -> None:
         ranks.call(refuses)
 
+    def test_fused_layers(self, ranks: Ranks) -> None:
+        ranks.call(refuses_fused)
+
+    def test_once_more(self, ranks: Ranks) -> None:
+        ranks.call(again)
+
 
 def replaces(device: str) -> None:
     model = nn.Module()
@@ -445,6 +452,35 @@ def refuses(device: str) -> None:
     with pytest.raises(ValueError, match=r"up: cannot be replaced: it has hooks"):
         parallelize(model, MLP_PLAN)
     assert dict(model.named_modules()) == before
+
+
+def refuses_fused(device: str) -> None:
+    """Neither the parts nor the layer of all of them, whatever the plan calls them."""
+    model = Block()
+    assert len(marlin.fuse(model).fused) == 2
+    model.own = FusedLinear([make_layer(64, 64, 64), make_layer(64, 64, 64)])
+    before = dict(model.named_modules())
+    for pattern in ("wq", "mlp.*", "*.packed", "*fused_gate_up*", "own", "own.packed", "*"):
+        for plan in ({pattern: Column()}, {"down": Row(), pattern: Row()}):
+            with pytest.raises(ValueError, match=r"fused.*call marlin\.unfuse\(model\) first"):
+                parallelize(model, plan)
+    assert dict(model.named_modules()) == before
+    for layer in (model.mlp.gate, model.own):
+        with pytest.raises(TypeError, match=r"layer: got Fused.*call marlin\.unfuse"):
+            shard(layer, 0, 0, 2)
+    parallelize(model, {"down": Row()})
+    assert type(model.mlp.down) is RowParallelMarlinLinear
+
+
+def again(device: str) -> None:
+    """A second plan leaves the parts of the first one alone."""
+    model = parallelize(Mlp(), {"up": Column(), "gate": Column()})
+    parallelize(model, {"*": Row()})
+    assert type(model.up) is ColumnParallelMarlinLinear
+    assert type(model.up.layer) is MarlinLinear
+    assert type(model.down) is RowParallelMarlinLinear
+    with pytest.raises(ValueError, match=r"got '\*', which no packed layer is left for"):
+        parallelize(model, {"*": Row()})
 
 
 @pytest.fixture(scope="module")

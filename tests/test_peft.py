@@ -71,7 +71,12 @@ def test_trained_saved_and_loaded(tmp_path: Path, device: str) -> None:
 def test_adapters_of_transformers(tmp_path: Path, device: str) -> None:
     model = load(write_llama(tmp_path / "dst").directory, device)
     before = model(TOKENS.to(device)).logits
-    model.add_adapter(lora())
+    try:
+        model.add_adapter(lora())
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"this transformers wants another peft: {error}")
     assert any("lora_A" in name for name, p in model.named_parameters() if p.requires_grad)
     torch.testing.assert_close(model(TOKENS.to(device)).logits, before, rtol=0, atol=0)
 
@@ -80,6 +85,23 @@ def test_merging_is_refused(tmp_path: Path) -> None:
     model = peft.get_peft_model(load(write_llama(tmp_path / "dst").directory, "cpu"), lora())
     with pytest.raises(ValueError, match=r"merge: got an adapter of a Marlin.*merge it into the"):
         model.merge_and_unload()
+
+
+def test_fused_layers(tmp_path: Path) -> None:
+    """Adapters come before fusing, which leaves their layers out."""
+    folder = write_llama(tmp_path / "dst").directory
+    model = load(folder, "cpu")
+    marlin.fuse(model)
+    with pytest.raises(ValueError, match=r"got a layer that marlin.fuse.*call marlin.unfuse"):
+        peft.get_peft_model(model, lora())
+    options = lora(init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(load(folder, "cpu"), options).eval()
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        fused = {name for group in marlin.fuse(model).fused for name in group.names}
+        assert {name.rpartition(".")[2] for name in fused} == {"gate_proj", "up_proj"}
+        assert torch.equal(model(TOKENS).logits, before)
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoints import read_all, write_tensors
 from torch import Tensor, nn
 
 import marlin
 from marlin import CheckpointError, MarlinLinear, MarlinLinear24
+from marlin.parallel import Row, parallelize
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 import_module("marlin.integrations.transformers")
@@ -271,6 +273,18 @@ class TestRefusals:
         config = MarlinConfig(format_version=1, bits=4, modules={})
         with pytest.raises(ValueError, match=r"marlin convert.*marlin\.replace_linear"):
             load(DEMO / "fp16", quantization_config=config)
+
+
+def test_parts_of_ranks_are_not_saved(tmp_path: Path) -> None:
+    model = load(write_llama(tmp_path / "dst").directory)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallelize(model, {"o_proj": Row()})
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(ValueError, match=r"rank's part of model\.layers\.0\.self_attn\.o_proj"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*"))
 
 
 class Adapter(nn.Module):

@@ -24,6 +24,7 @@ from checkpoints import (
     write_checkpoint,
 )
 from test_convert_marlin_24 import config_24, make_sparse_layer, sparse_tensors
+from test_convert_original_marlin import marlin_config, marlin_tensors
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,6 +53,7 @@ class Format:
     tensors_of: Callable[[GptqLayer], dict[str, Tensor]]
     order: bool = False
     sparse: bool = False
+    groups: bool = True  # False: one group and no zero points, and output features in blocks of 64
 
 
 FORMATS = {
@@ -67,6 +69,9 @@ FORMATS = {
         sparse_tensors,
         sparse=True,
     ),
+    "original-marlin": Format(
+        marlin_config(-1, "own", dynamic={r"-:.*[kv]_proj": {}}), marlin_tensors, groups=False
+    ),
 }
 
 
@@ -79,11 +84,13 @@ def quantized_layers(
         if not isinstance(module, nn.Linear) or (name == "lm_head" and not head):
             continue
         k, n = module.in_features, module.out_features
-        if form.sparse and n % 64:
+        if (form.sparse or not form.groups) and n % 64:
             continue
         options: dict[str, Any] = {"seed": seed, "bias": module.bias is not None}
         if form.sparse:
             layers[name] = make_sparse_layer(n, k, 128, **options)
+        elif not form.groups:
+            layers[name] = make_layer(k, n, -1, dtype=dtype, **options)
         elif ".mlp." in name:
             layers[name] = make_sparse(k, n, sym="down" not in name, dtype=dtype, **options)
         else:

@@ -16,7 +16,7 @@ FORMATS: dict[str, Callable[[Checkpoint], SourceFormat]] = {
     "awq": AwqFormat,
     "compressed-tensors": CompressedTensorsFormat,
 }
-METHODS = ("gptq", *FORMATS)  # what quantization_config.quant_method may be
+METHODS = ("gptq", *FORMATS)  # that quantization_config may name, beside "marlin"
 
 
 def source_format(checkpoint: Checkpoint) -> SourceFormat:

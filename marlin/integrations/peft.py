@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from marlin._fused_part import FusedPart
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
 
@@ -47,13 +48,23 @@ class MarlinLoraLinear(LoraLinear):
         )
 
 
+def _refuse_fused(layer: FusedPart, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        "target_modules: got a layer that marlin.fuse has made one of several; its input must stay "
+        "that of the others; call marlin.unfuse(model), get the adapters, then marlin.fuse(model), "
+        "which leaves layers with adapters out"
+    )
+
+
 _post_init = LoraConfig.__post_init__
 
 
 def _register(config: LoraConfig) -> None:
     """Each configuration tells peft of layers that are not its own, so every new one does."""
     _post_init(config)
-    config._register_custom_module(dict.fromkeys((MarlinLinear, MarlinLinear24), MarlinLoraLinear))
+    layers: dict[Any, Any] = dict.fromkeys((MarlinLinear, MarlinLinear24), MarlinLoraLinear)
+    # It is refused here, as peft would only list the layers of torch that it knows.
+    config._register_custom_module(layers | {FusedPart: _refuse_fused})
 
 
 LoraConfig.__post_init__ = _register  # type: ignore[method-assign, unused-ignore]

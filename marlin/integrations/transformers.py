@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from marlin._parallel_linear import ParallelLinear
 from marlin.examine import Layer
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.detect import METHODS
@@ -183,6 +184,20 @@ class MarlinQuantizer(HfQuantizer):
                 "offload_buffers=True"
             )
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> Any:
+        """Called by ``save_pretrained``, before it writes.
+
+        Raises:
+            ValueError: the model has a rank's parts of layers, which are no checkpoint.
+        """
+        parts = [name for name, m in model.named_modules() if isinstance(m, ParallelLinear)]
+        if parts:
+            raise ValueError(
+                f"save_pretrained: got a model with a rank's part of {parts[0]}; a checkpoint has "
+                "whole layers; save the model before marlin.parallel.parallelize shares them out"
+            )
+        return super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call, unused-ignore]
+
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the tensors as they are, and this configuration."""
         return True
@@ -240,6 +255,15 @@ class RepackingQuantizer(MarlinQuantizer):
         self._layers = {}
 
 
+class _ConfigOfMarlin(RepackingConfig):
+    """Chooses for ``quant_method`` ``marlin``, which the original kernel's packing has, too."""
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: Any = False, **kwargs: Any) -> Any:
+        kind: Any = MarlinConfig if "format_version" in config_dict else RepackingConfig
+        return kind.from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+
 _registry = threading.RLock()
 
 
@@ -260,8 +284,9 @@ def repacking() -> Iterator[None]:
     """
     mapping = AUTO_QUANTIZATION_CONFIG_MAPPING
     with _registry:
-        usual = {method: mapping[method] for method in METHODS}
+        usual = {method: mapping[method] for method in (*METHODS, METHOD)}
         mapping.update(dict.fromkeys(METHODS, RepackingConfig))
+        mapping[METHOD] = _ConfigOfMarlin
         try:
             yield
         finally:

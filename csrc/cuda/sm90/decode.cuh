@@ -12,14 +12,15 @@
 // scales and zero points, one of activations; kRowTiles * kSplits consumer warpgroups convert and
 // multiply, and take turns at stages: stage i belongs to split i % kSplits. They leave their sums in
 // shared memory and go on with the next tile, while a finisher warp adds the splits in order and
-// stores. Pairs of blocks share a tile where the tiles do not go round (plan::DecodeShare).
+// stores; those of the last tile they add and store themselves. Pairs of blocks share a tile where the
+// tiles do not go round (plan::DecodeShare).
 //
 // Programmatic dependent launch: with `static_weights` the producers fill the ring with weights while
 // the previous kernel still runs; activations are read, and outputs written, only after it has
 // finished: the warp that copies activations waits for that, and all others for its copies. Without
 // it, nothing is read before the wait, and the next kernel is let go only after it, so that a promise
 // made by the next call cannot reach past a kernel that this one waits for. Where two blocks fit a
-// multiprocessor, the second is the next kernel's, with its ring full.
+// multiprocessor, the second is the next kernel's, with weights in its ring.
 //
 // Every cycle before the first copies makes the launch longer: what comes before them is kept short.
 #pragma once

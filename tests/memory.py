@@ -1,0 +1,36 @@
+"""How much memory a call needs, measured in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CODE = """
+import re, sys
+import marlin, torch
+
+def peak():  # ru_maxrss would be the parent's: a process begins as a copy of it
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+
+source, target = sys.argv[1:]
+# The ops' own working memory, for layers of 2048 x 2048, does not count.
+torch.ops.marlin.repack_gptq(torch.zeros(256, 2048, dtype=torch.int32))
+torch.ops.marlin.repack_awq(torch.zeros(2048, 256, dtype=torch.int32))
+qweight = torch.ops.marlin.pack(torch.zeros(2048, 2048, dtype=torch.uint8))
+torch.ops.marlin.unpack(qweight, 2048, 2048)
+del qweight
+before = peak()
+CALL
+print(peak() - before)
+"""
+
+
+def grown(call: str, source: Path, target: Path) -> float:
+    """MiB by which ``call`` raises the peak; its code calls the paths ``source`` and ``target``."""
+    command = [sys.executable, "-c", CODE.replace("CALL", call), str(source), str(target)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, check=True, text=True, timeout=300
+    )
+    return int(done.stdout) / 1024
