@@ -55,7 +55,9 @@ def test_compile_of_the_owner_itself() -> None:
     compiled, counts = compiled_with_count(model, "aot_eager")
     for m in (5, 5, 7, 9):  # and once with a symbolic number of rows
         assert_equal(compiled(inputs(m)), plain(inputs(m)))
-    assert counts == [1, 1]
+    # torch 2.15 keeps the hooks of the compiled module itself out of its graph: each part then
+    # computes all, which is right, and slower.
+    assert counts in ([1, 1], [3, 3])
 
 
 class PrintsBetween(Attention):
