@@ -12,7 +12,8 @@ struct Shape {
   int64_t n, k;  // output features, input features (before padding)
   MARLIN_HOST_DEVICE int64_t n_blocks() const { return ceil_div(n, kBlock); }
   MARLIN_HOST_DEVICE int64_t k_blocks() const { return ceil_div(k, kBlock); }
-  MARLIN_HOST_DEVICE int64_t words() const { return n_blocks() * k_blocks() * kWordsPerBlock; }
+  MARLIN_HOST_DEVICE int64_t blocks() const { return n_blocks() * k_blocks(); }
+  MARLIN_HOST_DEVICE int64_t words() const { return blocks() * kWordsPerBlock; }
 };
 
 // The weight of output feature `row` at packed column `col`.
