@@ -33,6 +33,16 @@ uint64_t bytes_of(uint32_t nibbles) {
 // Byte 0 of a word is the first in memory.
 static_assert(std::endian::native == std::endian::little);
 
+// The first `count` of kWhole bytes: nearly always all of them, and then without a call of memcpy.
+template <int kWhole>
+void copy(void* to, const void* from, int count) {
+  if (count == kWhole) {
+    std::memcpy(to, from, kWhole);
+  } else {
+    std::memcpy(to, from, static_cast<size_t>(count));
+  }
+}
+
 // Where a block lies in a weight, and how much of it.
 struct Part {
   int64_t row, col;  // its first
@@ -49,15 +59,9 @@ PlainBlock load(const Unpacked& source, layout::Shape shape, const Part& part) {
   PlainBlock block;
   for (int row = 0; row < part.rows; ++row) {
     const uint8_t* from = source.data + (part.row + row) * shape.k + part.col;
-    for (int col = 0; col < part.cols; col += 8) {
-      uint64_t bytes = 0;
-      if (col + 8 <= part.cols) {
-        std::memcpy(&bytes, from + col, 8);
-      } else {
-        std::memcpy(&bytes, from + col, part.cols - col);
-      }
-      block.eights[col / 8][row] = nibbles_of(bytes);
-    }
+    uint64_t bytes[kEights] = {};
+    copy<sizeof(bytes)>(bytes, from, part.cols);
+    for (int c = 0; c < kEights; ++c) block.eights[c][row] = nibbles_of(bytes[c]);
   }
   return block;
 }
@@ -91,7 +95,7 @@ PlainBlock load(const Gptq& source, layout::Shape shape, const Part& part) {
   }
   for (int col = 0; col < part.cols; col += 8) {
     const int32_t* from = source.data + (part.col + col) / 8 * shape.n + part.row;
-    std::memcpy(block.eights[col / 8], from, part.rows * sizeof(*from));
+    copy<4 * kBlock>(block.eights[col / 8], from, 4 * part.rows);
   }
   return block;
 }
@@ -120,7 +124,7 @@ PlainBlock load(const Awq& source, layout::Shape shape, const Part& part) {
     uint32_t words[8][kAwqWords] = {};  // [column][eight output features]
     for (int i = 0; i < std::min(8, part.cols - col); ++i) {
       const int32_t* from = source.data + ((part.col + col + i) * shape.n + part.row) / 8;
-      std::memcpy(words[i], from, part.rows / 8 * sizeof(*from));
+      copy<4 * kAwqWords>(words[i], from, part.rows / 2);
     }
     transpose_nibbles(words);
     for (int nibble = 0; nibble < 8; ++nibble) {
@@ -133,13 +137,7 @@ PlainBlock load(const Awq& source, layout::Shape shape, const Part& part) {
   return block;
 }
 
-// Bit i: whether byte i is not 0.
-uint32_t bits_of(uint32_t bytes) {
-  const uint32_t low = 0x7f7f7f7fu;
-  const uint32_t tops = (((bytes & low) + low) | bytes) & ~low;
-  return (tops >> 7) * 0x01020408u >> 24;  // bits 0, 8, 16, 24 to 24 .. 27, the others below
-}
-
+// By which places of a quad are kept, as a bit each.
 constexpr auto kStoredPlaces = [] {
   std::array<layout::Places, 16> places{};
   for (uint32_t kept = 0; kept < 16; ++kept) places[kept] = layout::stored_places(kept);
@@ -150,20 +148,23 @@ SparseBlock load(const Sparse& source, layout::Shape survivors, const Part& part
   SparseBlock block;
   for (int row = 0; row < part.rows; ++row) {
     const int64_t at = 2 * ((part.row + row) * survivors.k + part.col);
-    for (int quad = 0; quad < part.cols / 2; quad += 4) {
-      uint32_t eight = 0, places = 0x4444;
-      for (int i = 0; i < std::min(4, part.cols / 2 - quad); ++i) {
-        uint32_t weights, mask;
-        std::memcpy(&weights, source.q + at + 4 * (quad + i), 4);
-        std::memcpy(&mask, source.mask + at + 4 * (quad + i), 4);
-        const layout::Places stored = kStoredPlaces[bits_of(mask)];
-        const uint32_t first = weights >> 8 * stored.first & 15;
-        const uint32_t second = weights >> 8 * stored.second & 15;
+    uint32_t weights[layout::kQuads] = {}, mask[layout::kQuads] = {};
+    copy<sizeof(weights)>(weights, source.q + at, 2 * part.cols);
+    copy<sizeof(mask)>(mask, source.mask + at, 2 * part.cols);
+    for (int c = 0; c < kEights; ++c) {
+      uint32_t eight = 0, places = 0;
+      for (int i = 0; i < 4; ++i) {
+        const int quad = 4 * c + i;
+        // The product brings bits 0, 8, 16, 24 to 24 .. 27, and the others elsewhere.
+        const uint32_t kept = layout::kept_bytes(mask[quad]) * 0x01020408u >> 24;
+        const layout::Places stored = kStoredPlaces[kept];
+        const uint32_t first = weights[quad] >> 8 * stored.first & 15;
+        const uint32_t second = weights[quad] >> 8 * stored.second & 15;
         eight |= (first | second << 4) << 8 * i;
-        places ^= (layout::nibble_of(stored) ^ 4u) << 4 * i;
+        places |= layout::nibble_of(stored) << 4 * i;
       }
-      block.survivors.eights[quad / 4][row] = eight;
-      block.places[quad / 4][row] = static_cast<uint16_t>(places);
+      block.survivors.eights[c][row] = eight;
+      block.places[c][row] = static_cast<uint16_t>(places);
     }
   }
   return block;
@@ -211,7 +212,7 @@ void unpack(const int32_t* qweight, uint8_t* q, int64_t n, int64_t k,
       for (int row = 0; row < part.rows; ++row) {
         uint64_t bytes[kEights];
         for (int c = 0; c < kEights; ++c) bytes[c] = bytes_of(block.eights[c][row]);
-        std::memcpy(q + (part.row + row) * k + part.col, bytes, part.cols);
+        copy<sizeof(bytes)>(q + (part.row + row) * k + part.col, bytes, part.cols);
       }
     }
   });
@@ -234,20 +235,21 @@ void unpack_24(const int32_t* qweight, const int32_t* meta, uint8_t* q, uint8_t*
   parallel_for(survivors.blocks(), kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Part part(survivors, i);
-      const SparseBlock block = load_packed(qweight + i * layout::kWordsPerBlock,
-                                            meta + i * layout::kMetaWordsPerBlock);
+      const SparseBlock block =
+          load_packed(qweight + i * layout::kWordsPerBlock, meta + i * layout::kMetaWordsPerBlock);
       for (int row = 0; row < part.rows; ++row) {
         const int64_t at = (part.row + row) * k + 2 * part.col;
-        for (int quad = 0; quad < part.cols / 2; ++quad) {
+        uint32_t values[layout::kQuads], stored[layout::kQuads];
+        for (int quad = 0; quad < layout::kQuads; ++quad) {
           const uint32_t pair = block.survivors.eights[quad / 4][row] >> quad % 4 * 8;
           const layout::Places places =
               layout::places_of(block.places[quad / 4][row] >> quad % 4 * 4);
           const int first = 8 * places.first, second = 8 * places.second;
-          const uint32_t stored = 1u << first | 1u << second;
-          const uint32_t values = (pair & 15) << first | (pair >> 4 & 15) << second;
-          std::memcpy(mask + at + 4 * quad, &stored, 4);
-          std::memcpy(q + at + 4 * quad, &values, 4);
+          values[quad] = (pair & 15) << first | (pair >> 4 & 15) << second;
+          stored[quad] = 1u << first | 1u << second;
         }
+        copy<sizeof(values)>(q + at, values, 2 * part.cols);
+        copy<sizeof(stored)>(mask + at, stored, 2 * part.cols);
       }
     }
   });

@@ -70,6 +70,12 @@ MARLIN_HOST_DEVICE constexpr bool places_rise(uint32_t word) {
   return (less & kEach) == kEach;
 }
 
+// The bytes of a quad's mask, which keep where they are not 0, as bytes of 0 and 1.
+MARLIN_HOST_DEVICE constexpr uint32_t kept_bytes(uint32_t mask) {
+  constexpr uint32_t kLow = 0x7f7f7f7fu;
+  return (((mask & kLow) + kLow) | mask) >> 7 & 0x01010101u;
+}
+
 // Sizes of a sparse weight; `k` is a multiple of 4.
 struct SparseShape {
   int64_t n, k;
