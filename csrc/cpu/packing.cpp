@@ -1,3 +1,5 @@
+// Packing and unpacking on the CPU: a source is read into plain blocks of 64 x 64, which know the way to
+// the packed order (cpu/plain_block.h, cpu/sparse_block.h). A new source needs its own `load`, no more.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -100,6 +102,7 @@ PlainBlock load(const Gptq& source, layout::Shape shape, const Part& part) {
   return block;
 }
 
+// Words hold eight output features of one column: eight columns are transposed, nibble by nibble.
 constexpr int kAwqWords = kBlock / 8;  // side by side in a block: eight output features each
 
 // Exchanges word i, nibble j with word j, nibble i, of `kAwqWords` columns of eight words.

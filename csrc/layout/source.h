@@ -1,6 +1,6 @@
 // Reading and writing single weights: the foreign layouts that can be packed, and the packed one.
-// Packing happens once, at load time, so these are simple rather than fast, and one text serves the
-// CPU and the GPU.
+// Packing happens once, at load time, so these are simple rather than fast: enough on a GPU. A CPU packs
+// block by block (cpu/plain_block.h), and is tested against these.
 #pragma once
 
 #include "layout/packed.h"
