@@ -1,6 +1,6 @@
 // Reading and writing single weights: the foreign layouts that can be packed, and the packed one.
-// Packing happens once, at load time, so these are simple rather than fast, and one text serves the
-// CPU and the GPU.
+// Packing happens once, at load time, so these are simple rather than fast: enough on a GPU. A CPU packs
+// block by block (cpu/plain_block.h), and is tested against these.
 #pragma once
 
 #include "layout/packed.h"
@@ -12,7 +12,8 @@ struct Shape {
   int64_t n, k;  // output features, input features (before padding)
   MARLIN_HOST_DEVICE int64_t n_blocks() const { return ceil_div(n, kBlock); }
   MARLIN_HOST_DEVICE int64_t k_blocks() const { return ceil_div(k, kBlock); }
-  MARLIN_HOST_DEVICE int64_t words() const { return n_blocks() * k_blocks() * kWordsPerBlock; }
+  MARLIN_HOST_DEVICE int64_t blocks() const { return n_blocks() * k_blocks(); }
+  MARLIN_HOST_DEVICE int64_t words() const { return blocks() * kWordsPerBlock; }
 };
 
 // The weight of output feature `row` at packed column `col`.

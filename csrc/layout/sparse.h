@@ -70,6 +70,12 @@ MARLIN_HOST_DEVICE constexpr bool places_rise(uint32_t word) {
   return (less & kEach) == kEach;
 }
 
+// The bytes of a quad's mask, which keep where they are not 0, as bytes of 0 and 1.
+MARLIN_HOST_DEVICE constexpr uint32_t kept_bytes(uint32_t mask) {
+  constexpr uint32_t kLow = 0x7f7f7f7fu;
+  return (((mask & kLow) + kLow) | mask) >> 7 & 0x01010101u;
+}
+
 // Sizes of a sparse weight; `k` is a multiple of 4.
 struct SparseShape {
   int64_t n, k;
@@ -81,17 +87,14 @@ struct SparseShape {
   }
 };
 
-// Which places of a quad are stored: those that the mask keeps, and where these are fewer than two, the
-// first of the others. Outside the weight: 0 and 1.
-MARLIN_HOST_DEVICE inline Places stored_places(const Sparse& s, SparseShape shape, int64_t row,
-                                               int64_t quad) {
+// Which places of a quad are stored, where bit i of `kept` says that the mask keeps place i: those that
+// are kept, and where these are fewer than two, the first of the others.
+MARLIN_HOST_DEVICE constexpr Places stored_places(uint32_t kept) {
   bool stored[4] = {};
   int count = 0;
-  if (row < shape.n && quad * 4 < shape.k) {
-    for (int i = 0; i < 4; ++i) {
-      stored[i] = s.mask[row * shape.k + quad * 4 + i] && count < 2;
-      count += stored[i];
-    }
+  for (int i = 0; i < 4; ++i) {
+    stored[i] = (kept >> i & 1) && count < 2;
+    count += stored[i];
   }
   for (int i = 0; i < 4 && count < 2; ++i) {
     if (!stored[i]) stored[i] = true, ++count;
@@ -101,6 +104,18 @@ MARLIN_HOST_DEVICE inline Places stored_places(const Sparse& s, SparseShape shap
     if (stored[i]) (places.first < 0 ? places.first : places.second) = i;
   }
   return places;
+}
+
+// Of a quad of a weight. Outside the weight: 0 and 1.
+MARLIN_HOST_DEVICE inline Places stored_places(const Sparse& s, SparseShape shape, int64_t row,
+                                               int64_t quad) {
+  uint32_t kept = 0;
+  if (row < shape.n && quad * 4 < shape.k) {
+    for (int i = 0; i < 4; ++i) {
+      kept |= static_cast<uint32_t>(s.mask[row * shape.k + quad * 4 + i] != 0) << i;
+    }
+  }
+  return stored_places(kept);
 }
 
 // Survivor `col` of a row, so that `packed_word` packs `shape.survivors()` like any dense weight.
