@@ -197,14 +197,15 @@ def cast_exactly(tensor: Tensor, dtype: torch.dtype | None, layer: str, name: st
             "values are exact in it"
         )
         raise CheckpointError(Refusal(reason, option=DTYPE_OPTION))
-    bad = torch.nonzero(~torch.isfinite(tensor))
-    if len(bad):
-        at = bad[0].tolist()
+    if not torch.isfinite(tensor).all():
+        at = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
         raise CheckpointError(
             f"{label(layer)}{name}: got {tensor[tuple(at)].item()} at {at}; every element must be "
             "finite; the file is damaged: fetch or quantise it again"
         )
-    cast = tensor.to(tensor.dtype if dtype is None else dtype)
+    if dtype in (None, tensor.dtype):
+        return tensor.contiguous()
+    cast = tensor.to(dtype)
     bad = torch.nonzero(cast.double() != tensor.double())
     if len(bad):
         at = bad[0].tolist()
