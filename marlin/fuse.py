@@ -51,8 +51,8 @@ def fuse(model: nn.Module, *, groups: Iterable[Sequence[str]] | None = None) -> 
     or a forward of their own, or are in several places of the model. Layers that are inside
     another's module, of :mod:`marlin.parallel` or with adapters of peft, are not looked at. One
     group at a time is copied, then its old tensors are dropped. A ``forward`` that is replaced
-    later is not read again. Give ``torch.compile`` the whole model: where it is given the module
-    itself whose layers are fused, each of them runs the whole GEMM in some versions (2.15).
+    later is not read again. Give ``torch.compile`` the whole model: given just the module whose
+    layers are fused, with ``fullgraph=True``, torch 2.15 has each of them run the whole GEMM.
 
     Args:
         model: any module with packed layers; changed in place. Fusing again changes nothing.

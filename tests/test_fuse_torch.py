@@ -19,6 +19,7 @@ from fusable import (
     inputs,
 )
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 
@@ -49,15 +50,27 @@ def test_compile(backend: str, mode: Any, device: str) -> None:
     assert_slots_are_empty(model)
 
 
-def test_compile_of_the_owner_itself() -> None:
+def compile_owner() -> list[int]:
     torch._dynamo.reset()
     model, plain = fused_and_plain(Attention())
     compiled, counts = compiled_with_count(model, "aot_eager")
     for m in (5, 5, 7, 9):  # and once with a symbolic number of rows
         assert_equal(compiled(inputs(m)), plain(inputs(m)))
-    # torch 2.15 keeps the hooks of the compiled module itself out of its graph: each part then
-    # computes all, which is right, and slower.
-    assert counts in ([1, 1], [3, 3])
+    return counts
+
+
+def test_compile_of_the_owner_itself() -> None:
+    assert len(compile_owner()) == 2
+
+
+@pytest.mark.xfail(
+    TorchVersion(torch.__version__) >= "2.15",
+    reason="with fullgraph=True the hooks of the module that is compiled are not in its graph, so "
+    "each part computes the whole: right, and three times the work",
+    strict=True,
+)
+def test_compile_of_the_owner_itself_runs_one_gemm() -> None:
+    assert compile_owner() == [1, 1]
 
 
 class PrintsBetween(Attention):

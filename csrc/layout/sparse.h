@@ -75,6 +75,8 @@ MARLIN_HOST_DEVICE constexpr uint32_t kept_bytes(uint32_t mask) {
   constexpr uint32_t kLow = 0x7f7f7f7fu;
   return (((mask & kLow) + kLow) | mask) >> 7 & 0x01010101u;
 }
+static_assert(kept_bytes(0x00000000u) == 0x00000000u && kept_bytes(0x01000201u) == 0x01000101u &&
+              kept_bytes(0x80ff007fu) == 0x01010001u);
 
 // Sizes of a sparse weight; `k` is a multiple of 4.
 struct SparseShape {
