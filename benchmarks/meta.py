@@ -14,7 +14,8 @@ METHOD = (
     "static_weights=True, CUDA events; us: median of 7 replays of the graph, each timed by itself, "
     "one after the other after one rest; sustained_us: median of 7 windows of 10 ms of replays "
     "after 30 ms; floor: the time of an H200 (benchmarks/shapes.py); cuBLAS fp16 "
-    "(torch.nn.functional.linear) and peers by the same method in the same process"
+    "(torch.nn.functional.linear) and peers by the same method in the same process, over as many "
+    "calls"
 )
 
 

@@ -27,8 +27,8 @@ class Times:
     """Microseconds per call.
 
     ``us`` is the median of 7 replays of the graph, one after the other, each timed by itself, after
-    one rest of the GPU. (A walk over fp16 weights has fewer calls than one over 4-bit weights, so
-    that it heats less: large products of ours are timed on a warmer GPU than cuBLAS's.)
+    one rest of the GPU. What is compared makes as many calls: fewer, as fp16 weights need to be
+    cold, would leave the GPU cooler and faster.
     ``sustained_us`` is that of 7 windows of 10 ms after 30 ms of them: large shapes then draw all
     the power that the GPU may have, and its clocks fall.
     """

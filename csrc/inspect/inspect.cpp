@@ -44,7 +44,7 @@ py::dict describe(const plan::Kernel& kernel) {
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
   const plan::DecodeTile& tile = kernel.tile;
   return describe(kernel, tile.sparse ? "sm90_decode_24" : "sm90_decode", tile.stages(128),
-                  tile.shared_bytes(128), tile.many_token_tiles(), tile.scales_weights());
+                  tile.shared_bytes(128), tile.many_tokens(), tile.scales_weights());
 }
 
 py::dict describe(const plan::PrefillKernel& kernel) {

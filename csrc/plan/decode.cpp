@@ -4,6 +4,7 @@
 #include <array>
 
 #include "plan/common.h"
+#include "plan/prefill.h"
 
 namespace marlin::plan {
 namespace {
@@ -56,18 +57,38 @@ int first_stages(const DecodePlan& plan) {
   return std::min(plan.kernel.tile.most_first_stages(plan.period), plan.early_stages);
 }
 
-// Whether a problem with more tokens than a tile holds is worth several token tiles of the last kernel of
-// the table. us on an H200, M = 256, this and the prefill kernel: 15.6 and 22.3 at 4096 x 4096, 43.8 and 59
-// at 4096 x 14336, 48.0 and 54.2 at 8192 x 8192; but 95 and 86 at 28672 x 4096. At 8192 x 28672 162 and 168,
-// but in windows of 10 ms it was slower. M = 384: 24.0 and 29.9 at 4096 x 4096; but 76.4 and 72.9 at
-// 8192 x 8192. With fewer tokens the prefill kernel has smaller tiles. 2:4 sparse weights, M = 256: 12.0
-// and 19.1 at 4096 x 4096, 38.0 and 41.3 at 8192 x 8192.
-bool several_token_tiles_pay(const DecodeKernel& kernel, const Problem& p) {
-  constexpr int64_t kMostWeights = 70'000'000, kSmall = 17'000'000, kNarrow = 7680, kWide = 16384;
-  constexpr int64_t kMany = 192;
-  const int most_tiles = p.n * p.k <= kSmall ? 3 : 2;
-  return p.m <= most_tiles * kernel.tile.tokens && p.n * p.k <= kMostWeights &&
-         p.n <= (p.m <= kMany ? kNarrow : kWide);
+// A model of the time of a plan with many tokens, to compare it with others of its problem: microseconds,
+// fitted to an H200. A tile costs something for its weights and something for every token.
+double estimated_us(const DecodePlan& plan) {
+  const DecodeTile& tile = plan.kernel.tile;
+  const double per_1024_columns =
+      tile.row_tiles == 1 ? 0.2 + 0.0262 * tile.tokens : 1.4 + 0.036 * tile.tokens;
+  const double sparse = tile.sparse ? 0.75 : 1;
+  const double columns = static_cast<double>(plan.stages) * tile.stage_k();
+  const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles;
+  const auto of_cluster = static_cast<double>(ceil_div(tiles, plan.blocks / plan.cluster));
+  return 2 + of_cluster / plan.cluster * columns / 1024 * per_1024_columns * sparse;
+}
+
+// Whether a kernel for many tokens is worth a look. Several token tiles only of layers that are not wide:
+// these are bound by power, and slower than the model says (28672 x 4096, M = 384: 141 us, the prefill kernel
+// 130; H200).
+bool suits(const DecodeKernel& kernel, const Problem& p) {
+  constexpr int64_t kMost = 384, kWide = 16384;
+  const bool one_tile = p.m <= kernel.tile.tokens;
+  return kernel.tile.many_tokens() && p.m <= kMost && (one_tile || p.n <= kWide);
+}
+
+// With many tokens the kernel that the model takes for the fastest; nothing where that is a prefill kernel.
+std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
+  std::optional<DecodePlan> best;
+  for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
+    if (!suits(kernel, problem)) continue;
+    const DecodePlan plan = decode_plan_with(kernel, 2, problem);
+    if (!best || estimated_us(plan) < estimated_us(*best)) best = plan;
+  }
+  if (best && estimated_us(*select_prefill(problem)) < estimated_us(*best)) return std::nullopt;
+  return best;
 }
 
 }  // namespace
@@ -103,13 +124,12 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
 std::optional<DecodePlan> select_decode(const Problem& problem) {
   if (!problem.device.wgmma) return std::nullopt;
   for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
+    if (kernel.tile.many_tokens()) break;
     if (kernel.tile.tokens < problem.m) continue;
     if (problem.n > kernel.most_n && problem.n * problem.k > kernel.most_weights) continue;
     return decode_plan_with(kernel, 2, problem);
   }
-  const DecodeKernel& last = decode_kernels(problem.sparse).back();
-  if (several_token_tiles_pay(last, problem)) return decode_plan_with(last, 2, problem);
-  return std::nullopt;
+  return select_for_many_tokens(problem);
 }
 
 }  // namespace marlin::plan

@@ -16,9 +16,9 @@ struct DecodeTile {
   // Whether weights are scaled before they are multiplied, rather than the sums of groups after.
   constexpr bool scales_weights() const { return tokens > 96 && row_tiles > 1; }
 
-  // Whether there may be more tokens than a tile holds.
-  constexpr bool many_token_tiles() const { return tokens >= 128; }
-  constexpr bool holds(int64_t m) const { return m <= tokens || many_token_tiles(); }
+  // There may then be more tokens than a tile holds.
+  constexpr bool many_tokens() const { return tokens > 64; }
+  constexpr bool holds(int64_t m) const { return m <= tokens || many_tokens(); }
 
   constexpr int rows() const { return 64 * row_tiles; }
   constexpr int stage_k() const { return (sparse ? 128 : 64) * stage_blocks; }
@@ -31,10 +31,9 @@ struct DecodeTile {
   constexpr int block_bytes() const { return 2048 + (sparse ? 1024 : 0); }
   constexpr int input_bytes() const { return tokens * stage_k() * 2; }  // of a stage, as the next
   constexpr int weight_bytes() const { return row_tiles * stage_blocks * block_bytes(); }
-  constexpr int scale_bytes(int period) const { return rows() * (stage_k() / period) * 2; }
-  constexpr int zero_bytes(int period) const {
-    return (rows() * (stage_k() / period) + 127) / 128 * 128;
-  }
+  constexpr int groups(int period) const { return stage_k() > period ? stage_k() / period : 1; }
+  constexpr int scale_bytes(int period) const { return rows() * groups(period) * 2; }
+  constexpr int zero_bytes(int period) const { return (rows() * groups(period) + 127) / 128 * 128; }
   constexpr int weights_at() const { return input_stages * input_bytes(); }
   constexpr int scales_at(int period) const {
     return weights_at() + stages(period) * weight_bytes();
@@ -45,8 +44,10 @@ struct DecodeTile {
 
   // Then fp32 sums [splits][pass_tokens][rows + 4], where 4 floats of padding spread a fragment's rows
   // over all banks; what the other block of a pair sends [tokens][rows / 2]; and the barriers. With many
-  // tokens the sums leave in two passes, so that there is room for more stages.
-  constexpr int passes() const { return tokens > 64 ? 2 : 1; }
+  // tokens the sums leave in several passes, so that there is room for more stages.
+  constexpr int passes() const {
+    return tokens <= 64 ? 1 : tokens <= 128 ? 2 : tokens <= 144 ? 3 : 4;
+  }
   constexpr int pass_tokens() const { return tokens / passes(); }
   constexpr int sum_stride() const { return rows() + 4; }
   constexpr int sum_bytes() const { return splits * pass_tokens() * sum_stride() * 4; }
@@ -79,7 +80,7 @@ struct DecodeTile {
 struct DecodeKernel {
   int id;  // its place in its table
   DecodeTile tile;
-  int64_t most_n, most_weights;  // a layer with more of both takes a later line
+  int64_t most_n, most_weights;  // with few tokens: a layer with more of both takes a later line
   const char* reason;
   std::string name() const;
 };

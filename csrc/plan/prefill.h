@@ -85,4 +85,7 @@ std::optional<PrefillPlan> select_prefill(const Problem& problem);
 PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int input_shares,
                               const Problem& problem);
 
+// A model of a plan's time, to compare plans of one problem: microseconds, fitted to an H200.
+double estimated_us(const PrefillPlan& plan);
+
 }  // namespace marlin::plan

@@ -190,43 +190,56 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
   const auto up_to = [&](int64_t most) { return 1 + static_cast<int64_t>(random() % most); };
   for (int i = 0; i < 2000; ++i) {
     const bool narrow = i % 2 != 0;
-    Problem problem{up_to(narrow ? 128 : 64), up_to(narrow ? 16384 : 60000), up_to(30000), 128,
+    Problem problem{up_to(narrow ? 400 : 64), up_to(narrow ? 16384 : 60000), up_to(30000), 128,
                     device_of(90, 132)};
     problem.device.wgmma = true;
     problem.sparse = i % 3 == 0;
     if (problem.sparse) problem.k = (problem.k + 3) / 4 * 4;
     if (i % 5 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
     const auto plan = select_decode(problem);
-    ASSERT_TRUE(plan.has_value());
-    ASSERT_NO_FATAL_FAILURE(check_decode(problem, *plan));
+    ASSERT_TRUE(plan.has_value() || problem.m > 64);
+    if (plan) {
+      ASSERT_NO_FATAL_FAILURE(check_decode(problem, *plan));
+    }
     const auto kernels = decode_kernels(problem.sparse);
     const auto& kernel = kernels[random() % kernels.size()];
-    problem.m = up_to(kernel.tile.many_token_tiles() ? 600 : kernel.tile.tokens);
+    problem.m = up_to(kernel.tile.many_tokens() ? 600 : kernel.tile.tokens);
     const auto cluster = static_cast<int>(up_to(2));
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, decode_plan_with(kernel, cluster, problem)));
   }
   EXPECT_FALSE(select_decode({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
-  Problem wide{65, 16385, 4096, 128, device_of(90, 132)};
-  wide.device.wgmma = true;
-  EXPECT_FALSE(select_decode(wide).has_value());  // prefill kernels are faster
 }
 
-TEST(Plan, DecodeTakesSeveralTokenTilesOfSmallLayers) {
-  const auto token_tiles = [](int64_t m, int64_t n, int64_t k, bool sparse) {
-    Problem problem{m, n, k, 128, device_of(90, 132)};
-    problem.device.wgmma = true;
-    problem.sparse = sparse;
-    const auto plan = select_decode(problem);
-    if (plan) check_decode(problem, *plan);
-    return plan ? plan->token_tiles : 0;
+// What was the fastest of all kernels on an H200; nothing: a prefill kernel.
+TEST(Plan, DecodeWithManyTokensTakesWhatWasMeasuredToBeFastest) {
+  struct Case {
+    int64_t m, n, k;
+    int tokens, rows, token_tiles;
   };
-  for (const bool sparse : {false, true}) {
-    EXPECT_EQ(token_tiles(256, 4096, 4096, sparse), 2);
-    EXPECT_EQ(token_tiles(384, 4096, 4096, sparse), 3);
-    EXPECT_EQ(token_tiles(385, 4096, 4096, sparse), 0);
-    EXPECT_EQ(token_tiles(256, 8192, 8192, sparse), 2);
-    EXPECT_EQ(token_tiles(257, 8192, 8192, sparse), 0);
-    EXPECT_EQ(token_tiles(256, 8192, 28672, sparse), 0);
+  for (const Case& c :
+       std::initializer_list<Case>{{80, 4096, 4096, 80, 64, 1},     {128, 4096, 4096, 128, 64, 1},
+                                   {160, 4096, 4096, 80, 64, 2},    {192, 4096, 4096, 96, 64, 2},
+                                   {256, 4096, 4096, 128, 128, 2},  {384, 4096, 4096, 192, 128, 2},
+                                   {112, 4096, 14336, 112, 64, 1},  {144, 4096, 14336, 80, 64, 2},
+                                   {224, 4096, 14336, 112, 128, 2}, {257, 4096, 14336, 144, 128, 2},
+                                   {320, 4096, 14336, 160, 128, 2}, {96, 8192, 8192, 96, 64, 1},
+                                   {112, 8192, 8192, 112, 128, 1},  {128, 8192, 8192, 128, 128, 1},
+                                   {129, 8192, 8192, 144, 128, 1},  {160, 8192, 8192, 160, 128, 1},
+                                   {192, 8192, 8192, 192, 128, 1},  {256, 8192, 8192, 128, 128, 2},
+                                   {385, 8192, 8192, 0, 0, 0},      {128, 28672, 4096, 0, 0, 0},
+                                   {144, 28672, 4096, 144, 128, 1}, {256, 28672, 4096, 0, 0, 0},
+                                   {144, 57344, 8192, 144, 128, 1}}) {
+    Problem problem{c.m, c.n, c.k, 128, device_of(90, 132)};
+    problem.device.wgmma = true;
+    const auto plan = select_decode(problem);
+    const std::string what = std::to_string(c.n) + " x " + std::to_string(c.k) +
+                             ", M = " + std::to_string(c.m) +
+                             (plan ? ": " + plan->kernel.name() : "");
+    ASSERT_EQ(plan.has_value(), c.tokens > 0) << what;
+    if (!plan) continue;
+    EXPECT_EQ(plan->kernel.tile.tokens, c.tokens) << what;
+    EXPECT_EQ(plan->kernel.tile.rows(), c.rows) << what;
+    EXPECT_EQ(plan->token_tiles, c.token_tiles) << what;
   }
 }
 
@@ -308,8 +321,7 @@ TEST(Plan, SparseWeightsHaveKernelsForAnyNumberOfTokensOnHopper) {
   Problem problem{1, 8192, 8192, 128, device_of(90, 132), true};
   problem.device.wgmma = true;
   for (problem.m = 1; problem.m < 600; ++problem.m) {
-    const bool decodes = problem.m <= 128 || (problem.m > 192 && problem.m <= 256);
-    EXPECT_EQ(select_decode(problem).has_value(), decodes) << problem.m;
+    EXPECT_EQ(select_decode(problem).has_value(), problem.m <= 256) << problem.m;
     EXPECT_TRUE(select_prefill(problem).has_value());
   }
   problem.device.wgmma = false;

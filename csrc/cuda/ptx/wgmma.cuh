@@ -53,16 +53,17 @@ __device__ __forceinline__ void wgmma_sparse_m64k32(float (&d)[kTokens / 2], con
 #define MARLIN_NAMES_8 MARLIN_NAMES_4 ", %4, %5, %6, %7"
 #define MARLIN_NAMES_12 MARLIN_NAMES_8 ", %8, %9, %10, %11"
 #define MARLIN_NAMES_16 MARLIN_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define MARLIN_NAMES_20 MARLIN_NAMES_16 ", %16, %17, %18, %19"
 #define MARLIN_NAMES_24 MARLIN_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define MARLIN_NAMES_32 MARLIN_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define MARLIN_NAMES_40 MARLIN_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define MARLIN_NAMES_48 MARLIN_NAMES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define MARLIN_NAMES_56 MARLIN_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define MARLIN_NAMES_64 MARLIN_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define MARLIN_NAMES_72 MARLIN_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define MARLIN_NAMES_80 MARLIN_NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define MARLIN_NAMES_96                      \
-  MARLIN_NAMES_64                            \
-  ", %64, %65, %66, %67, %68, %69, %70, %71" \
-  ", %72, %73, %74, %75, %76, %77, %78, %79" \
+  MARLIN_NAMES_80                            \
   ", %80, %81, %82, %83, %84, %85, %86, %87" \
   ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define MARLIN_NAMES_128                             \
@@ -115,12 +116,16 @@ MARLIN_WGMMA(8, MARLIN_NAMES_4, "{%4, %5, %6, %7}, %8", "%9", "%10", MARLIN_D4(0
 MARLIN_WGMMA(16, MARLIN_NAMES_8, "{%8, %9, %10, %11}, %12", "%13", "%14", MARLIN_D8(0))
 MARLIN_WGMMA(24, MARLIN_NAMES_12, "{%12, %13, %14, %15}, %16", "%17", "%18", MARLIN_D8(0), MARLIN_D4(8))
 MARLIN_WGMMA(32, MARLIN_NAMES_16, "{%16, %17, %18, %19}, %20", "%21", "%22", MARLIN_D16(0))
+MARLIN_WGMMA(40, MARLIN_NAMES_20, "{%20, %21, %22, %23}, %24", "%25", "%26", MARLIN_D16(0), MARLIN_D4(16))
 MARLIN_WGMMA(48, MARLIN_NAMES_24, "{%24, %25, %26, %27}, %28", "%29", "%30", MARLIN_D16(0), MARLIN_D8(16))
 MARLIN_WGMMA(64, MARLIN_NAMES_32, "{%32, %33, %34, %35}, %36", "%37", "%38", MARLIN_D32(0))
 MARLIN_WGMMA(80, MARLIN_NAMES_40, "{%40, %41, %42, %43}, %44", "%45", "%46", MARLIN_D32(0), MARLIN_D8(32))
 MARLIN_WGMMA(96, MARLIN_NAMES_48, "{%48, %49, %50, %51}, %52", "%53", "%54", MARLIN_D32(0), MARLIN_D16(32))
 MARLIN_WGMMA(112, MARLIN_NAMES_56, "{%56, %57, %58, %59}, %60", "%61", "%62", MARLIN_D32(0), MARLIN_D16(32), MARLIN_D8(48))
 MARLIN_WGMMA(128, MARLIN_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", "%70", MARLIN_D32(0), MARLIN_D32(32))
+MARLIN_WGMMA(144, MARLIN_NAMES_72, "{%72, %73, %74, %75}, %76", "%77", "%78", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D8(64))
+MARLIN_WGMMA(160, MARLIN_NAMES_80, "{%80, %81, %82, %83}, %84", "%85", "%86", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D16(64))
+MARLIN_WGMMA(192, MARLIN_NAMES_96, "{%96, %97, %98, %99}, %100", "%101", "%102", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64))
 MARLIN_WGMMA(256, MARLIN_NAMES_128, "{%128, %129, %130, %131}, %132", "%133", "%134", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64), MARLIN_D32(96))
 // clang-format on
 
@@ -130,12 +135,15 @@ MARLIN_WGMMA(256, MARLIN_NAMES_128, "{%128, %129, %130, %131}, %132", "%133", "%
 #undef MARLIN_WGMMA_DENSE
 #undef MARLIN_NAMES_128
 #undef MARLIN_NAMES_96
+#undef MARLIN_NAMES_80
+#undef MARLIN_NAMES_72
 #undef MARLIN_NAMES_64
 #undef MARLIN_NAMES_56
 #undef MARLIN_NAMES_48
 #undef MARLIN_NAMES_40
 #undef MARLIN_NAMES_32
 #undef MARLIN_NAMES_24
+#undef MARLIN_NAMES_20
 #undef MARLIN_NAMES_16
 #undef MARLIN_NAMES_12
 #undef MARLIN_NAMES_8

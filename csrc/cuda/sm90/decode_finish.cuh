@@ -67,7 +67,7 @@ struct DecodeFinish {
     __device__ Tokens(const DecodeParams<Element>& p, const DecodeCursor<Element, S>& work,
                       int pass)
         : first(work.first_token() + pass * S::kPassTokens),
-          begin(S::kTile.many_token_tiles() ? max(work.token() - first, 0) : 0),
+          begin(S::kTile.many_tokens() ? max(work.token() - first, 0) : 0),
           end(min(S::kPassTokens, p.m - first)) {}
   };
 

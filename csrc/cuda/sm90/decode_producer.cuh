@@ -132,14 +132,15 @@ struct DecodeProducer {
   __device__ void copy_scales() const {
     RingProducer<S::kStages> ring{barriers.full(), barriers.empty()};
     if (!p.static_weights) ptx::wait_for_earlier_kernels();
-    const int groups = p.one_group ? 1 : S::kGroups, step = p.one_group ? 0 : S::kGroups;
+    const int groups = p.one_group ? 1 : S::kGroups;
     const int bytes = S::kRows * groups * (p.has_zeros ? 3 : 2);
 #pragma unroll 1
     for (Cursor work(p); work.valid(); work.advance()) {
       const int row = work.row_tile() * S::kRows;
-      int group = work.first_stage() * step;
+      const int first = work.first_stage(), end = first + work.stages();
 #pragma unroll 1
-      for (int i = work.stages(); i > 0; --i) {
+      for (int stage = first; stage < end; ++stage) {
+        const int group = p.one_group ? 0 : stage * S::kTile.stage_k() / S::kPeriod;
         ring.fill([&](int slot, uint32_t barrier) {
           ptx::mbarrier_arrive_expect(barrier, bytes);
           ptx::tensor_copy(shared + S::kScalesAt + slot * S::kScaleBytes, p.scales, row, group,
@@ -149,7 +150,6 @@ struct DecodeProducer {
                              barrier);
           }
         });
-        group += step;
       }
     }
   }

@@ -30,7 +30,7 @@ struct DecodeShape {
   static constexpr bool kScalesWeights = kTile.scales_weights();
   static constexpr int kStages = kTile.stages(kPeriod), kInputStages = kInputStages_;
   static constexpr int kFirstStages = kTile.most_first_stages(kPeriod);
-  static constexpr int kGroups = kTile.stage_k() / kPeriod;  // rows of scales in a stage
+  static constexpr int kGroups = kTile.groups(kPeriod);  // rows of scales in a stage
   static constexpr int kRows = kTile.rows(), kThreads = kTile.threads();
   static constexpr int kConsumers = kTile.consumers();
   // Of a stage of weights: for every row tile its blocks, then what metadata they have.
@@ -141,9 +141,7 @@ struct DecodeCursor {
   __device__ int first_token() const {
     return one_token_tile() ? 0 : min(token(), p.m - S::kTokens);
   }
-  __device__ bool one_token_tile() const {
-    return !S::kTile.many_token_tiles() || p.token_tiles == 1;
-  }
+  __device__ bool one_token_tile() const { return !S::kTile.many_tokens() || p.token_tiles == 1; }
   __device__ int first_stage() const { return shared() ? share.first_shared_stage(p.stages) : 0; }
   __device__ int stages() const { return shared() ? share.shared_stages(p.stages) : p.stages; }
 };
