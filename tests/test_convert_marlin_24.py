@@ -23,12 +23,12 @@ from checkpoints import (
     write_checkpoint,
     write_tensors,
 )
+from conversions import assert_loads, convert_exactly
 from damage import Damage, assert_refused, poke, put, several, tensors, text, truncate
-from test_convert_24 import model_of, stored_weight
+from test_convert_24 import stored_weight
 from test_formats_marlin_24 import make_weight, write
 from torch import Tensor
 
-from marlin import MarlinLinear, MarlinLinear24, load
 from marlin.cli import main
 from marlin.convert import convert
 from marlin.formats.checkpoint import CheckpointError
@@ -132,20 +132,9 @@ def test_loads_beside_dense_layers(tmp_path: Path, mixed: bool) -> None:
         return sparse_tensors(layer) if is_sparse else ct_tensors(layer, zeros="none")
 
     source = write_checkpoint(tmp_path / "src", layers, config=config, others={}, tensors_of=make)
-    report = convert(tmp_path / "src", tmp_path / "dst", progress=False)
+    report = convert_exactly(tmp_path)
     assert {r.name for r in report.layers if r.sparse} == {UP, DOWN}
-    assert verify(tmp_path / "dst", tmp_path / "src", progress=False).equal
-    with torch.device("meta"):
-        model = model_of(source)
-    load(model, tmp_path / "dst")
-    for name, layer in layers.items():
-        module = model.get_submodule(name)
-        assert type(module) is (MarlinLinear if name == "model.dense" else MarlinLinear24)
-        assert torch.equal(module.dequantize(), layer.weight().half())
-        x = torch.randn(5, layer.q.size(1)).half()
-        bias = 0 if layer.bias is None else layer.bias.float()
-        want = x.float() @ layer.weight().float().T + bias
-        torch.testing.assert_close(module(x).float(), want, rtol=2e-3, atol=4e-3)
+    assert_loads(tmp_path, source)
 
 
 def test_dry_run_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

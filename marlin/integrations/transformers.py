@@ -272,22 +272,27 @@ def repacking() -> Iterator[None]:
     """In this block, ``from_pretrained`` loads checkpoints of other formats into packed layers.
 
     They are those that ``marlin convert`` takes, and the layers are what it makes of them:
-    :class:`marlin.MarlinLinear`, or :class:`marlin.MarlinLinear24` for ``marlin-24``. What it
-    refuses is refused in the same words, before a tensor is loaded. ``device_map`` and ``dtype``
-    mean what they mean for a converted checkpoint. transformers puts the tensors to their devices,
-    where one layer after the other is packed: the memory needed on top of the model is that of a
-    layer. ``save_pretrained`` writes a converted checkpoint. A checkpoint whose ``config.json`` has
-    no ``quantization_config`` is taken by transformers for one that is not quantized: convert it.
+    :class:`marlin.MarlinLinear`, or :class:`marlin.MarlinLinear24` where they are stored 2:4
+    sparse. What it refuses is refused in the same words, before a tensor is loaded. ``device_map``
+    and ``dtype`` mean what they mean for a converted checkpoint. transformers puts the tensors to
+    their devices, where one layer after the other is packed: the memory needed on top of the model
+    is that of a layer. ``save_pretrained`` writes a converted checkpoint. A checkpoint whose
+    ``config.json`` has no ``quantization_config`` is taken by transformers for one that is not
+    quantized: convert it.
 
     The block changes what transformers knows of these formats, for all threads; those that enter
     one at the same time wait for each other.
     """
     mapping = AUTO_QUANTIZATION_CONFIG_MAPPING
     with _registry:
-        usual = {method: mapping[method] for method in (*METHODS, METHOD)}
+        usual = {method: mapping.get(method) for method in (*METHODS, METHOD)}
         mapping.update(dict.fromkeys(METHODS, RepackingConfig))
         mapping[METHOD] = _ConfigOfMarlin
         try:
             yield
         finally:
-            mapping.update(usual)
+            for method, kind in usual.items():
+                if kind is None:  # transformers does not know the name
+                    del mapping[method]
+                else:
+                    mapping[method] = kind
