@@ -20,7 +20,8 @@ the table in README.md says.
 A state dict holds a rank's parts, and is for ranks that share the layers out alike. Gradients of
 activations pass through. Attention needs whole heads: where ranks do not divide them,
 give ``bounds=split(features, ranks, multiple=head_size)``. A layer that is fused of several, such
-as ``qkv_proj``, is shared out as one, which models that take its output apart do not expect.
+as ``qkv_proj``, is shared out as one, which models that take its output apart do not expect; those
+that have them apart can have every rank's parts of them fused, by :func:`marlin.fuse` afterwards.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from marlin._parallel_linear import (
     FUSED,
     Column,
     ColumnParallelMarlinLinear,
+    FusedColumns,
     ParallelLinear,
     Read,
     Row,
@@ -140,6 +142,8 @@ def parallelize(model: ModelT, plan: Plan, group: dist.ProcessGroup | None = Non
             continue  # a part, which an earlier call has cut
         for attribute, child in parent._modules.items():
             name = f"{path}.{attribute}" if path else attribute
+            if isinstance(parent, FusedColumns) or isinstance(child, FusedColumns):
+                continue  # of parts
             if isinstance(parent, FusedLinear) or isinstance(child, FUSED):
                 _check_not_in_plan(name, plan)
             elif isinstance(child, PackedLinear):
