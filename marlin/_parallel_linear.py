@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -202,6 +202,20 @@ class ParallelLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bounds={self.bounds}"
         )
+
+
+def refuse_to_save(*args: Any, **options: Any) -> NoReturn:
+    """Stands in for ``save_pretrained`` of a model with parts of layers.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "save_pretrained: got a model with a rank's parts of layers; a checkpoint has whole "
+        "layers, and nothing has been written; copy the folder that the model was loaded from, or "
+        "save it before marlin.parallel shares its layers out; for ranks that share them out "
+        "alike, save model.state_dict() on each"
+    )
 
 
 class ColumnParallelMarlinLinear(ParallelLinear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ from checkpoints import read_all, write_tensors
 from torch import Tensor, nn
 
 import marlin
-from marlin import CheckpointError, MarlinLinear, MarlinLinear24
-from marlin.parallel import Row, parallelize
+from marlin import CheckpointError, MarlinLinear, MarlinLinear24, parallel
+from marlin.parallel import Row, RowParallelMarlinLinear, parallelize
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 import_module("marlin.integrations.transformers")
@@ -275,16 +276,41 @@ class TestRefusals:
             load(DEMO / "fp16", quantization_config=config)
 
 
-def test_parts_of_ranks_are_not_saved(tmp_path: Path) -> None:
-    model = load(write_llama(tmp_path / "dst").directory)
+def by_hand(directory: Path) -> nn.Module:
+    model = load(directory)
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = RowParallelMarlinLinear.from_layer(attention.o_proj)
+    return model
+
+
+def loaded_in_parts(directory: Path) -> nn.Module:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory))
+    return parallel.load(model, directory, {"o_proj": Row()})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        by_hand,
+        loaded_in_parts,
+        lambda directory: copy.deepcopy(parallelize(load(directory), {"o_proj": Row()})),
+        lambda directory: parallelize(load(directory), {"o_proj": Row()}).model,
+    ],
+    ids=["by hand", "loaded", "copied", "base"],
+)
+def test_parts_of_ranks_are_not_saved(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    source = write_llama(tmp_path / "dst")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parallelize(model, {"o_proj": Row()})
+        model = make(source.directory)
     finally:
         dist.destroy_process_group()
-    with pytest.raises(ValueError, match=r"rank's part of model\.layers\.0\.self_attn\.o_proj"):
+    with pytest.raises(ValueError, match=r"rank's parts of layers.*copy the folder that"):
         model.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob("*"))
+    if make is not by_hand:  # transformers makes the folder first
+        assert not (tmp_path / "saved").exists()
 
 
 class Adapter(nn.Module):

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from marlin._parallel_linear import ParallelLinear
+from marlin._parallel_linear import ParallelLinear, refuse_to_save
 from marlin.examine import Layer
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.detect import METHODS
@@ -190,12 +190,8 @@ class MarlinQuantizer(HfQuantizer):
         Raises:
             ValueError: the model has a rank's parts of layers, which are no checkpoint.
         """
-        parts = [name for name, m in model.named_modules() if isinstance(m, ParallelLinear)]
-        if parts:
-            raise ValueError(
-                f"save_pretrained: got a model with a rank's part of {parts[0]}; a checkpoint has "
-                "whole layers; save the model before marlin.parallel.parallelize shares them out"
-            )
+        if any(isinstance(module, ParallelLinear) for module in model.modules()):
+            refuse_to_save()  # one that was not put there by marlin.parallel's functions
         return super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call, unused-ignore]
 
     def is_serializable(self) -> bool:
