@@ -12,14 +12,41 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Source, Tiny, dequantized, read_all, snapshot, write_tensors
-from damage import tensors
+from checkpoints import (
+    GptqLayer,
+    Source,
+    Tiny,
+    dequantized,
+    make_layer,
+    read_all,
+    snapshot,
+    write_tensors,
+)
+from damage import Damage
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from marlin import ConversionReport, MarlinLinear, MarlinLinear24, load
 from marlin.convert import convert
 from marlin.formats.checkpoint import CheckpointError
 from marlin.verify import verify
+
+
+def any_layer(step: int = 1) -> st.SearchStrategy[GptqLayer]:
+    """Layers of every kind, of which both sizes are multiples of ``step``."""
+    sizes = st.integers(1, 320 // step).map(lambda count: step * count)
+    return st.builds(
+        make_layer,
+        k=sizes,
+        n=sizes,
+        group_size=st.sampled_from([-1, 32, 64, 128]),
+        sym=st.booleans(),
+        act_order=st.booleans(),
+    )
+
+
+def is_symmetric(layer: GptqLayer) -> bool:
+    return bool((layer.zeros == 8).all())
 
 
 def convert_exactly(root: Path, **options: Any) -> ConversionReport:
@@ -49,18 +76,17 @@ def assert_change_is_found(
 
 
 def refusals_of(
-    root: Path,
-    valid: Path,
-    change: Callable[[dict[str, Tensor]], object],
-    run: Callable[..., object] = convert,
+    root: Path, valid: Path, damage: Damage, run: Callable[..., object] = convert
 ) -> tuple[str, ...]:
-    """Every reason for which a copy of ``valid`` is refused whose tensors were changed."""
+    """Every reason for which a damaged copy of ``valid`` is refused, all of which are printed."""
     shutil.copytree(valid, root / "src")
-    tensors(change)(root / "src")
+    damage(root / "src")
     with pytest.raises(CheckpointError) as caught:
         run(root / "src", root / "dst", progress=False)
-    assert all(reason in str(caught.value) for reason in caught.value.refusals)
-    return tuple(caught.value.refusals)
+    refusals = tuple(caught.value.refusals)
+    assert f": {len(refusals)} problems" in str(caught.value)
+    assert all(reason in str(caught.value) for reason in refusals)
+    return refusals
 
 
 def assert_loads(root: Path, source: Source) -> None:

@@ -14,20 +14,9 @@ from conversions import (
     assert_change_is_found,
     assert_loads,
     convert_exactly,
-    refusals_of,
 )
-from damage import (
-    CHANGES,
-    Damage,
-    assert_changes_are_noticed,
-    assert_refused,
-    poke,
-    put,
-    tensors,
-    text,
-)
-from hypothesis import given, settings
-from test_convert_marlin_24 import DOWN, UP, SparseLayer, default_layers, make_sparse_layer
+from test_convert_marlin_24 import UP, SparseLayer, default_layers, make_sparse_layer
+from test_convert_original_marlin import tiles_config
 from test_formats_marlin_24 import write
 from torch import Tensor
 
@@ -57,11 +46,8 @@ def sparse_marlin_tensors(layer: GptqLayer) -> dict[str, Tensor]:
 def sparse_marlin_config(
     group_size: int | None = 128, style: str = "vllm", **changes: Any
 ) -> dict[str, Any]:
-    """A ``config.json``; ``changes`` go to its quantization_config, None removes a key."""
-    settings = {"bits": 4, "sym": True, "desc_act": False, "group_size": group_size}
-    settings = {**settings, **STYLES[style], **changes}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    return {"model_type": "tiny", "hidden_size": 64, "quantization_config": settings}
+    """A ``config.json``, changed as by :func:`tiles_config`."""
+    return tiles_config(group_size, **STYLES[style] | changes)
 
 
 def write_sparse_marlin(directory: Path, **options: Any) -> Source:
@@ -162,85 +148,3 @@ def test_verify_finds_a_change(
 ) -> None:
     write_sparse_marlin(tmp_path / "src")
     assert_change_is_found(tmp_path, f"{UP}.{leaf}", change, says)
-
-
-def config(**changes: Any) -> Damage:
-    return text("config.json", json.dumps(sparse_marlin_config(**changes)))
-
-
-def add(name: str, tensor: Tensor) -> Damage:
-    return tensors(lambda found: found.update({name: tensor}))
-
-
-CASES: dict[str, tuple[Damage, str]] = {
-    # the configuration
-    "8 bits": (config(bits=8), "bits: got 8 with the packing of Sparse-Marlin"),
-    "no group size": (config(group_size=None), "group_size: got None .* groups of 128, or one"),
-    "group size 64": (config(group_size=64), "group_size: got 64 with"),
-    "asymmetric": (config(sym=False), "sym: got False .* stores no zero points"),
-    "order": (config(desc_act=True), "desc_act: got True .* stores no order of the features"),
-    "formats disagree": (
-        config(quant_method="gptq_marlin_24", checkpoint_format="gptq"),
-        "checkpoint_format: got 'gptq' with the packing of Sparse-Marlin",
-    ),
-    "overrides": (config(dynamic={".*up": {"bits": 8}}), "dynamic: got .*only exclusions"),
-    "said to be dense": (
-        config(checkpoint_format="marlin"),
-        "up: B_24 beside s: a quantized linear layer has only B, s, bias.*up: B is missing",
-    ),
-    "said to be gptq": (
-        config(checkpoint_format=None),
-        r"no quantized layer: no tensor is called <module>\.qweight, as the format gptq",
-    ),
-    "said to be awq": (config(quant_method="awq"), "checkpoint_format: got 'marlin_24'"),
-    "said to be ours": (config(quant_method="marlin", format_version=1), "own format already"),
-    "overridden": (
-        config(checkpoint_format="gptq", dynamic={".*up": {"checkpoint_format": "marlin_24"}}),
-        "no quantized layer",
-    ),
-    "another group size": (config(group_size=-1), "up: s: got 3 groups .*must be 1"),
-    # the layers
-    "B_24 missing": (tensors(lambda t: t.pop(f"{UP}.B_24")), "up: B_24 is missing"),
-    "B_meta missing": (tensors(lambda t: t.pop(f"{UP}.B_meta")), "up: B_meta is missing"),
-    "s missing": (tensors(lambda t: t.pop(f"{UP}.s")), "up: s is missing"),
-    "weight beside": (add(f"{UP}.weight", torch.zeros(2)), "up: weight beside B_24, s, B_meta"),
-    "no module name": (add("B_24", torch.zeros(2)), "belong to no named module"),
-    "B_24 int64": (put(f"{UP}.B_24", Tensor.long), r"up: B_24: got int64 \[12, 128\]; it must be"),
-    "B_24 empty": (put(f"{UP}.B_24", lambda t: t[:0]), r"up: B_24: got int32 \[0, 128\]"),
-    "odd columns": (put(f"{UP}.B_24", lambda t: t[:, :-4]), "up: B_24: .* multiple of 64"),
-    "8-bit words": (put(f"{UP}.B_24", lambda t: t.repeat(1, 2)), "up: B_meta: got int16"),
-    "B_meta int32": (put(f"{UP}.B_meta", Tensor.int), r"B_meta: got int32 \[12, 128\]; .* as B_24"),
-    "B_meta by rows": (put(f"{UP}.B_meta", lambda t: t.view(64, 24)), r"B_meta: .* \[64, 24\]"),
-    "places that fall": (poke(f"{UP}.B_meta", (3, 5), 0), "up: B_meta: got the places 0, 0 for"),
-    "group lost": (put(f"{UP}.s", lambda t: t[:2]), r"up: s: got float16 \[2, 64\]; B_24 int32"),
-    "s float32": (put(f"{UP}.s", Tensor.float), r"up: s: got float32.*dtype=torch.float16"),
-    "s NaN": (poke(f"{UP}.s", (1, 3), float("nan")), "up: s: got nan at"),
-    "bias length": (put(f"{DOWN}.bias", lambda t: t[:-1]), r"down: bias: got float16 \[127\]"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sparse_marlin(tmp_path_factory.mktemp("valid") / "src").directory
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_refused(tmp_path: Path, valid: Path, case: str) -> None:
-    assert_refused(tmp_path, valid, *CASES[case])
-
-
-def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
-    def change(found: dict[str, Tensor]) -> None:
-        found[f"{UP}.B_meta"][0, 0] = 0
-        found[f"{UP}.s"][1, 3] = float("nan")
-        found[f"{DOWN}.bias"][0] = float("nan")
-
-    assert len(refusals_of(tmp_path, valid, change)) == 3
-
-
-@settings(max_examples=60, deadline=None)
-@given(**CHANGES)
-def test_changed_bytes(
-    tmp_path_factory: pytest.TempPathFactory, valid: Path, **change: Any
-) -> None:
-    assert_changes_are_noticed(tmp_path_factory.mktemp("fuzz"), valid, **change)
