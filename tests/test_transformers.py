@@ -21,7 +21,7 @@ from marlin import CheckpointError, MarlinLinear, MarlinLinear24, parallel
 from marlin.parallel import Row, RowParallelMarlinLinear, parallelize
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-import_module("marlin.integrations.transformers")
+integration = import_module("marlin.integrations.transformers")
 
 from tiny_llama import TOKENS, assert_equal_states, exact_model, write_llama  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
@@ -274,6 +274,39 @@ class TestRefusals:
         config = MarlinConfig(format_version=1, bits=4, modules={})
         with pytest.raises(ValueError, match=r"marlin convert.*marlin\.replace_linear"):
             load(DEMO / "fp16", quantization_config=config)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_replaced_layers_are_saved(tmp_path: Path, sparse: bool, fused: bool) -> None:
+    model = load(DEMO / "fp16", dtype=torch.float16)
+    options = {"sparse": True, "prune": "magnitude"} if sparse else {}
+    marlin.replace_linear(model, **options)
+    if fused:
+        assert marlin.fuse(model).fused
+    integration.prepare_to_save(model)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert type(again.get_submodule(UP)) is (MarlinLinear24 if sparse else MarlinLinear)
+    assert_equal_states(again, model)
+    tokens = torch.arange(9)[None]
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    again.save_pretrained(tmp_path / "again")
+    assert_equal_states(load(tmp_path / "again"), model)
+
+
+def test_what_cannot_be_prepared_to_be_saved() -> None:
+    model = load(DEMO / "fp16", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"without packed layers.*marlin\.replace_linear"):
+        integration.prepare_to_save(model)
+    marlin.replace_linear(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallelize(model, {"o_proj": Row()})
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(ValueError, match="rank's parts of layers"):
+        integration.prepare_to_save(model)
 
 
 def by_hand(directory: Path) -> nn.Module:

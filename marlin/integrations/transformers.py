@@ -10,6 +10,9 @@ The layers that ``config.json`` lists become :class:`marlin.MarlinLinear`, or
 :class:`marlin.MarlinLinear24` where they are 2:4 sparse. transformers reads the tensors, one after
 the other, straight to their devices.
 
+After :func:`marlin.replace_linear` in a model of transformers, ``prepare_to_save(model)`` makes
+``save_pretrained`` write such a checkpoint.
+
 Inside ``with repacking():``, checkpoints of other formats are loaded, too, without a conversion::
 
     with marlin.integrations.transformers.repacking():
@@ -28,11 +31,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from marlin._fused_part import FusedPart
+from marlin._packed_linear import PackedLinear
 from marlin._parallel_linear import ParallelLinear, refuse_to_save
 from marlin.examine import Layer
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.detect import METHODS
-from marlin.formats.native import config_for, packed_modules
+from marlin.formats.native import PackedShape, config_for, packed_modules
 from marlin.formats.packed import COMPUTE_DTYPES
 from marlin.integrations._placeholders import (
     check_checkpoint,
@@ -207,6 +212,39 @@ class MarlinQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The layers are made for ``torch.compile(fullgraph=True)``."""
         return True
+
+
+def prepare_to_save(model: Any) -> None:
+    """Have ``save_pretrained`` of a model with packed layers write what ``from_pretrained`` loads.
+
+    For a model whose layers :func:`marlin.replace_linear` has packed: its configuration does not
+    say so, and without it ``from_pretrained`` would make layers of random weights. A model that
+    ``from_pretrained`` has loaded with packed layers needs no preparation.
+
+    Args:
+        model: a ``PreTrainedModel`` with packed layers, fused or not; its ``config`` gets a
+            ``quantization_config`` that lists them.
+
+    Raises:
+        ValueError: the model has no packed layers, or a rank's parts of some.
+    """
+    if any(isinstance(module, ParallelLinear) for module in model.modules()):
+        refuse_to_save()
+    shapes = {
+        name: PackedShape(m.in_features, m.out_features, m.group_size, m.sparse)
+        for name, m in model.named_modules()
+        if isinstance(m, PackedLinear | FusedPart)
+        and "qweight" not in m._non_persistent_buffers_set
+    }
+    if not shapes:
+        raise ValueError(
+            "model: got one without packed layers; save_pretrained writes it as it is; to pack "
+            "them, call marlin.replace_linear(model) first"
+        )
+    config = MarlinConfig(**config_for(shapes))
+    model.config.quantization_config = config
+    model.hf_quantizer = MarlinQuantizer(config)
+    model.quantization_method = METHOD
 
 
 class RepackingConfig(QuantizationConfigMixin):
