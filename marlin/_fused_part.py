@@ -28,6 +28,7 @@ class FusedPart(nn.Module):
         self.in_features = fused.packed.in_features
         self.out_features = fused.sizes[index]
         self.group_size = fused.packed.group_size
+        self.sparse = fused.packed.sparse
         self.train(fused.packed.training)
 
     def forward(self, input: Tensor) -> Tensor:

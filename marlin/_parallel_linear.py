@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -184,7 +184,7 @@ class ParallelLinear(nn.Module):
     """A rank's part of a layer, and how it works together with the others'.
 
     Attributes:
-        layer: the rank's part, with the only tensors in the state dict.
+        layer: the rank's part, with the only tensors in the state dict; fused, a ``FusedPart``.
         in_features, out_features: those of the whole layer.
         bounds: which features are whose, as :func:`marlin.parallel.split` returns them.
         group: the ranks that share the layer; None: all.
@@ -202,6 +202,20 @@ class ParallelLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bounds={self.bounds}"
         )
+
+
+def refuse_to_save(*args: Any, **options: Any) -> NoReturn:
+    """Stands in for ``save_pretrained`` of a model with parts of layers.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "save_pretrained: got a model with a rank's parts of layers; a checkpoint has whole "
+        "layers, and nothing has been written; copy the folder that the model was loaded from, or "
+        "save it before marlin.parallel shares its layers out; for ranks that share them out "
+        "alike, save model.state_dict() on each"
+    )
 
 
 class ColumnParallelMarlinLinear(ParallelLinear):
@@ -238,8 +252,30 @@ class ColumnParallelMarlinLinear(ParallelLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> the rank's output features, or all if they are gathered."""
-        output: Tensor = self.layer(for_all_ranks(input, self.group))
+        if not isinstance(self.layer, FusedPart):  # FusedColumns does it once for all of its parts
+            input = for_all_ranks(input, self.group)
+        output: Tensor = self.layer(input)
         return all_features(output, self.bounds, self.group) if self.gather_output else output
+
+
+class FusedColumns(FusedLinear):
+    """The layers of several ``ColumnParallelMarlinLinear`` on one input, as one GEMM.
+
+    :func:`marlin.fuse` makes them. Gradients of the input are added up over the ranks once.
+    """
+
+    def __init__(self, parts: Sequence[ColumnParallelMarlinLinear]) -> None:
+        """Copy the ranks' layers of ``parts``, of one group; raises what ``FusedLinear`` does."""
+        super().__init__([part.layer for part in parts])
+        self.group = parts[0].group
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        """``[..., in_features]`` -> the rank's output features of each part.
+
+        Raises:
+            RuntimeError: the input has another number of features, dtype or device.
+        """
+        return super().forward(for_all_ranks(input, self.group))
 
 
 class RowParallelMarlinLinear(ParallelLinear):

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from types import FunctionType
 from typing import cast
 
+import torch.distributed as dist
 from torch import nn
 
 from marlin._call_runs import CallRun, call_runs
 from marlin._fuse_report import FusedLayers, FuseReport
 from marlin._fused_part import FusedPart
 from marlin._packed_linear import PackedLinear
+from marlin._parallel_linear import (
+    ColumnParallelMarlinLinear,
+    FusedColumns,
+    RowParallelMarlinLinear,
+)
 from marlin._replace_report import SkippedLayer
 from marlin.fused_linear import (
     BLOCK,
     FusedLinear,
     difference,
-    ends_inside_block,
     reason_not_to_fuse,
 )
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
-from marlin.replace import HOOKS
+from marlin.replace import reason_of_instance
 
 __all__ = ["FuseReport", "FusedLayers", "SkippedLayer", "fuse", "unfuse"]
 
-LINEAR = (nn.Linear, PackedLinear)
+LINEAR = (nn.Linear, PackedLinear, ColumnParallelMarlinLinear)
+HARMLESS = (
+    *(nn.Linear, MarlinLinear, MarlinLinear24, FusedPart),
+    *(ColumnParallelMarlinLinear, RowParallelMarlinLinear),
+)
 
 
 def fuse(model: nn.Module, *, groups: Iterable[Sequence[str]] | None = None) -> FuseReport:
@@ -47,9 +57,10 @@ def fuse(model: nn.Module, *, groups: Iterable[Sequence[str]] | None = None) -> 
 
     Fused are ``MarlinLinear`` or ``MarlinLinear24`` layers of one kind, with the same input
     features, group size, symmetry, dtype, device and act-order; all but one with a multiple of 64
-    output features. Left as they are, with the reason in the report: others; layers that have hooks
-    or a forward of their own, or are in several places of the model. Layers that are inside
-    another's module, of :mod:`marlin.parallel` or with adapters of peft, are not looked at. One
+    output features. So are the rank's parts of layers that :class:`marlin.parallel.Column` shares
+    out, where that holds on every rank: every rank must call this. Left as they are, with the
+    reason in the report: others; layers that have hooks or a forward of their own, or are in
+    several places of the model. Layers with adapters of peft are not looked at. One
     group at a time is copied, then its old tensors are dropped. A ``forward`` that is replaced
     later is not read again. Give ``torch.compile`` the whole model: given just the module whose
     layers are fused, with ``fullgraph=True``, torch 2.15 has each of them run the whole GEMM.
@@ -140,9 +151,35 @@ def _check_groups(model: nn.Module, groups: Iterable[Sequence[str]]) -> list[tup
 
 def _writes_nothing(child: nn.Module | None) -> bool:
     """Whether a call of a child is known to leave its input alone."""
-    plain = type(child) in (nn.Linear, MarlinLinear, MarlinLinear24, FusedPart)
-    hooked = any(getattr(child, hook, None) for hook in HOOKS)
-    return plain and not hooked and "forward" not in vars(child)
+    if child is None or type(child) not in HARMLESS:
+        return False
+    return not any(map(reason_of_instance, child.modules()))
+
+
+def _packed(child: nn.Module | None) -> PackedLinear | None:
+    """The packed layer that a child is, or a rank's part of one in it; None: neither."""
+    if isinstance(child, ColumnParallelMarlinLinear):
+        child = child.layer
+    return child if isinstance(child, PackedLinear) else None
+
+
+def _sizes(child: nn.Module) -> list[int]:
+    """The output features of a layer, or those of it that each rank has."""
+    if isinstance(child, ColumnParallelMarlinLinear):
+        return [stop - start for start, stop in pairwise(child.bounds)]
+    return [cast(PackedLinear, child).out_features]
+
+
+def _ranks(child: nn.Module) -> tuple[dist.ProcessGroup | None, ...]:
+    """The group that a layer is shared out to, if it is."""
+    return (child.group,) if isinstance(child, ColumnParallelMarlinLinear) else ()
+
+
+def _difference(child: nn.Module, other: nn.Module, name: str) -> str:
+    """Why one GEMM cannot be that of a layer and of ``other``, called ``name``, too; or empty."""
+    if _ranks(child) != _ranks(other):
+        return f"it is not shared out among the same ranks as {name}"
+    return difference(cast(PackedLinear, _packed(child)), cast(PackedLinear, _packed(other)), name)
 
 
 def _other_methods(kind: type[nn.Module]) -> list[FunctionType]:
@@ -171,7 +208,7 @@ class _Siblings:
             return
         linear = [name for name, child in children.items() if isinstance(child, LINEAR)]
         wanted = [name for name in linear if group is None or name in group]
-        packed = [name for name in wanted if isinstance(children[name], PackedLinear)]
+        packed = [name for name in wanted if _packed(children[name])]
         if not packed or len(linear) < 2:
             return
         harmless = [name for name, child in children.items() if _writes_nothing(child)]
@@ -192,7 +229,7 @@ class _Siblings:
 
     def _fuse_run(self, run: CallRun) -> None:
         children = self._parent._modules
-        names = [name for name in run.names if isinstance(children[name], PackedLinear)]
+        names = [name for name in run.names if _packed(children[name])]
         if run.problem:
             for name in names:
                 self._skip([name], self._reason_alone(name) or run.problem)
@@ -213,50 +250,57 @@ class _Siblings:
 
     def _join(self, name: str, buckets: list[list[str]]) -> None:
         """Put a layer into the first of the buckets that it fits, or into one of its own."""
-        layer = self._layer(name)
+        child = self._child(name)
         for bucket in buckets:
-            fits = not difference(layer, self._layer(bucket[0]), bucket[0])
+            fits = not _difference(child, self._child(bucket[0]), bucket[0])
             if fits and not (self._is_partial(name) and any(map(self._is_partial, bucket))):
                 bucket.append(name)
                 return
         buckets.append([name])
 
     def _reason_alone(self, name: str) -> str:
-        layer = self._layer(name)
-        if self._uses[id(layer)] > 1:
+        child = self._child(name)
+        layer = cast(PackedLinear, _packed(child))
+        if max(self._uses[id(child)], self._uses[id(layer)]) > 1:
             return "it is in several places of the model"
-        return reason_not_to_fuse(layer)
+        return reason_of_instance(child) or reason_not_to_fuse(layer)
 
     def _reason_against(self, name: str, others: Sequence[str]) -> str:
         """Why a layer that could be fused found none to be fused with."""
         reasons = []
         for other in others:
-            child = cast(nn.Module, self._parent._modules[other])
-            if not isinstance(child, PackedLinear):
+            child = self._child(other)
+            if not _packed(child):
                 reasons.append(f"{other} is a {type(child).__name__}, not packed")
             elif self._reason_alone(other):
                 reasons.append(f"{other} cannot be fused")
-            elif reason := difference(self._layer(name), child, other):
+            elif reason := _difference(self._child(name), child, other):
                 reasons.append(reason)
-            else:
+            elif self._is_partial(other):
+                sizes = ", ".join(map(str, _sizes(self._child(name))))
                 reasons.append(
-                    f"its {self._layer(name).out_features} output features are not a multiple of "
-                    f"{BLOCK}, nor are those of {other}, and only the last may be so"
+                    f"its {sizes} output features are not a multiple of {BLOCK}, nor are those of "
+                    f"{other}, and only the last may be so"
                 )
         return "; ".join(reasons)
 
     def _replace(self, names: list[str]) -> None:
-        layers = [self._layer(name) for name in names]
-        fused = FusedLinear(layers)
-        fused.attach(self._parent, names)
+        children = [self._child(name) for name in names]
+        if all(isinstance(child, ColumnParallelMarlinLinear) for child in children):
+            fused: FusedLinear = FusedColumns(cast(list[ColumnParallelMarlinLinear], children))
+            fused.attach(self._parent, [f"{name}.layer" for name in names])
+        else:
+            fused = FusedLinear(cast(list[PackedLinear], children))
+            fused.attach(self._parent, names)
         shape = (sum(fused.sizes), fused.packed.in_features)
         self._report.fused.append(FusedLayers(tuple(map(self._full, names)), shape))
 
-    def _layer(self, name: str) -> PackedLinear:
-        return cast(PackedLinear, self._parent._modules[name])
+    def _child(self, name: str) -> nn.Module:
+        return cast(nn.Module, self._parent._modules[name])
 
     def _is_partial(self, name: str) -> bool:
-        return ends_inside_block(self._layer(name))
+        """Whether it ends inside a block, here or, so that all ranks decide alike, on any rank."""
+        return any(size % BLOCK for size in _sizes(self._child(name)))
 
     def _full(self, name: str) -> str:
         return f"{self._path}.{name}" if self._path else name

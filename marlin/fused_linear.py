@@ -155,11 +155,13 @@ class FusedLinear(nn.Module):
         return output
 
     def attach(self, parent: nn.Module, names: Sequence[str]) -> None:
-        """Put parts in place of the children of ``parent`` that this was made from.
+        """Put parts in place of the modules in ``parent`` that this was made from.
 
-        They must be of one run of its ``forward``, in that order: see :mod:`marlin._call_runs`.
+        ``names``: children, or ``child.layer`` of a child that passes its input on to it. They must
+        be of one run of the ``forward``, in that order: see :mod:`marlin._call_runs`.
         """
-        self.names, self._name = tuple(names), f"fused_{'_'.join(names)}"
+        children = [name.partition(".")[0] for name in names]
+        self.names, self._name = tuple(names), f"fused_{'_'.join(children)}"
         while hasattr(parent, self._name):
             self._name += "_"
         # The parts save and load the tensors, under the old names.
@@ -168,12 +170,12 @@ class FusedLinear(nn.Module):
         parent.register_forward_hook(self._close, always_call=True)
         parent.add_module(self._name, self)
         for index, name in enumerate(names):
-            setattr(parent, name, FusedPart(self, index))
+            _put(parent, name, FusedPart(self, index))
 
     def detach_problem(self, parent: nn.Module) -> str:
         """Why :meth:`detach` would lose something, or nothing."""
         for name in self.names:
-            child = parent._modules.get(name)
+            child = _find(parent, name)
             if not isinstance(child, FusedPart) or child._fused[0] is not self:
                 return f"{name} is a {type(child).__name__} now, not the FusedPart that it was"
             if any(getattr(child, hook, None) for hook in HOOKS):
@@ -188,7 +190,7 @@ class FusedLinear(nn.Module):
                 del hooks[key]
                 parent._forward_hooks_always_called.pop(key, None)
         for index, name in enumerate(self.names):
-            setattr(parent, name, self.layer(index))
+            _put(parent, name, self.layer(index))
         delattr(parent, self._name)
 
     def tensors(self, index: int) -> dict[str, Tensor | None]:
@@ -250,6 +252,20 @@ def _version(tensor: Tensor) -> int | None:
     if torch.compiler.is_compiling() or tensor.is_inference():
         return None
     return tensor._version
+
+
+def _find(parent: nn.Module, name: str) -> nn.Module | None:
+    """The module of this dotted name in ``parent``, or None."""
+    try:
+        return parent.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _put(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where ``parent`` has another, by its dotted name."""
+    path, _, leaf = name.rpartition(".")
+    setattr(parent.get_submodule(path), leaf, module)
 
 
 def _concatenate(layers: list[PackedLinear]) -> PackedLinear:

@@ -17,10 +17,12 @@ an output differs from the whole layer's by at most R u S, and by what the order
 A part may get another kernel than the whole layer; some round weights to the activations' dtype, as
 the table in README.md says.
 
-A state dict holds a rank's parts, and is for ranks that share the layers out alike. Gradients of
-activations pass through. Attention needs whole heads: where ranks do not divide them,
-give ``bounds=split(features, ranks, multiple=head_size)``. A layer that is fused of several, such
-as ``qkv_proj``, is shared out as one, which models that take its output apart do not expect.
+A state dict holds a rank's parts, and is for ranks that share the layers out alike; the model's
+``save_pretrained``, if it has one, is refused. Gradients of activations pass through. Attention
+needs whole heads: where ranks do not divide them, give
+``bounds=split(features, ranks, multiple=head_size)``. A layer that is fused of several, such as
+``qkv_proj``, is shared out as one, which models that take its output apart do not expect; those
+that have them apart can have every rank's parts of them fused, by :func:`marlin.fuse` afterwards.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from marlin._parallel_linear import (
     FUSED,
     Column,
     ColumnParallelMarlinLinear,
+    FusedColumns,
     ParallelLinear,
     Read,
     Row,
@@ -45,6 +48,7 @@ from marlin._parallel_linear import (
     Share,
     layer_of,
     reader,
+    refuse_to_save,
     shape_of,
     split,
 )
@@ -140,6 +144,8 @@ def parallelize(model: ModelT, plan: Plan, group: dist.ProcessGroup | None = Non
             continue  # a part, which an earlier call has cut
         for attribute, child in parent._modules.items():
             name = f"{path}.{attribute}" if path else attribute
+            if isinstance(parent, FusedColumns) or isinstance(child, FusedColumns):
+                continue  # of parts
             if isinstance(parent, FusedLinear) or isinstance(child, FUSED):
                 _check_not_in_plan(name, plan)
             elif isinstance(child, PackedLinear):
@@ -156,7 +162,7 @@ def parallelize(model: ModelT, plan: Plan, group: dist.ProcessGroup | None = Non
         made = _make(style, share, reader(layer, share.part)).train(layer.training)
         for parent, attribute in places[id(layer)]:
             setattr(parent, attribute, made)
-    return model
+    return _not_saved(model)
 
 
 def load(
@@ -187,7 +193,19 @@ def load(
         style, share = shares[name]
         return _make(style, share, _file_reader(checkpoint, name, share)).to(device)
 
-    return fill(model, directory, device, read_layer)
+    return _not_saved(fill(model, directory, device, read_layer))
+
+
+def _not_saved(model: ModelT) -> ModelT:
+    """Have ``save_pretrained``, which would write parts as if they were layers, refuse to.
+
+    On the instance: it asks no layer before it writes.
+    """
+    for module in model.modules():
+        has_parts = any(isinstance(child, ParallelLinear) for child in module.modules())
+        if has_parts and hasattr(module, "save_pretrained"):
+            module.save_pretrained = refuse_to_save  # type: ignore[assignment]
+    return model
 
 
 def _file_reader(checkpoint: Checkpoint, name: str, share: Share) -> Read:

@@ -271,13 +271,21 @@ def reason_to_keep(layer: nn.Module, parents: Iterable[nn.Module]) -> str:
     if type(layer) not in (nn.Linear, MarlinLinear, MarlinLinear24):
         kind = "a subclass of nn.Linear" if isinstance(layer, nn.Linear) else "not an nn.Linear"
         return f"{type(layer).__name__} is {kind} and may do more than it"
+    reason = reason_of_instance(layer)
+    if reason:
+        return reason
+    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents):
+        return "nn.TransformerEncoderLayer reads its weight in its fast path"
+    return ""
+
+
+def reason_of_instance(layer: nn.Module) -> str:
+    """Why a layer does more than others of its class, so that no new one can stand in; or empty."""
     hooks = [hook for hook in HOOKS if getattr(layer, hook, None)]
     if hooks:
         return f"it has hooks ({', '.join(hooks)}), which the new layer would not run"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance (as accelerate does)"
-    if any(isinstance(parent, nn.TransformerEncoderLayer) for parent in parents):
-        return "nn.TransformerEncoderLayer reads its weight in its fast path"
     return ""
 
 

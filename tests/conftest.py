@@ -11,6 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # reference.py, operands.py, checkpoints.py
 
+from ranks import Ranks
+
 import marlin  # noqa: F401 - loads the ops
 from marlin import _inspect
 
@@ -35,3 +37,22 @@ def planner() -> Iterator[None]:
     """Leaves the choice of kernels to the planner again after a test that has forced some."""
     yield
     _inspect.force_plan()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("cpu", 2),
+        ("cpu", 3),
+        pytest.param(("cuda", 2), marks=[pytest.mark.gpu, pytest.mark.multi_gpu]),
+    ],
+    ids=["gloo2", "gloo3", "nccl2"],
+)
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Ranks]:
+    """Processes of a group, on CPUs and, marked ``gpu``, a GPU each."""
+    device, world_size = request.param
+    made = Ranks(world_size, device, tmp_path_factory.mktemp("ranks") / "rendezvous")
+    yield made
+    made.close()

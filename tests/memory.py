@@ -21,15 +21,19 @@ torch.ops.marlin.repack_awq(torch.zeros(2048, 256, dtype=torch.int32))
 qweight = torch.ops.marlin.pack(torch.zeros(2048, 2048, dtype=torch.uint8))
 torch.ops.marlin.unpack(qweight, 2048, 2048)
 del qweight
+PREPARATION
 before = peak()
 CALL
 print(peak() - before)
 """
 
 
-def grown(call: str, source: Path, target: Path) -> float:
-    """MiB by which ``call`` raises the peak; its code calls the paths ``source`` and ``target``."""
-    command = [sys.executable, "-c", CODE.replace("CALL", call), str(source), str(target)]
+def grown(call: str, source: Path, target: Path, preparation: str = "") -> float:
+    """MiB by which ``call`` raises the host's peak; its code calls the paths ``source`` and
+    ``target``. ``preparation`` is code that runs before, and does not count.
+    """
+    code = CODE.replace("PREPARATION", preparation).replace("CALL", call)
+    command = [sys.executable, "-c", code, str(source), str(target)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, check=True, text=True, timeout=300
     )

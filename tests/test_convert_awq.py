@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,45 +10,24 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import (
-    Tiny,
     assert_holds,
     awq_config,
     awq_tensors,
-    default_layers,
-    dequantized,
     make_layer,
     make_sparse,
     read_all,
-    snapshot,
     write_checkpoint,
-    write_tensors,
 )
-from damage import (
-    CHANGES,
-    Damage,
-    assert_changes_are_noticed,
-    assert_refused,
-    poke,
-    put,
-    remove,
-    several,
-    sharded,
-    tensors,
-    text,
-    truncate,
-)
-from hypothesis import HealthCheck, given, settings
+from conversions import assert_change_is_found, assert_logits, convert_exactly
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_convert_24 import stored_weight
 from torch import Tensor
 
-from marlin import load
 from marlin.cli import main
 from marlin.convert import convert
 from marlin.formats.checkpoint import CheckpointError
 from marlin.verify import verify
-
-UP, DOWN = "model.layers.0.up", "model.layers.0.down"
 
 
 def symmetric_tensors(layer: Any) -> dict[str, Tensor]:
@@ -74,19 +51,13 @@ def test_every_variant_is_exact(tmp_path: Path, group_size: int, zeros: str, sha
         shards=shards,
         tensors_of=symmetric_tensors if "not stored" in zeros else awq_tensors,
     )
-    before = snapshot(tmp_path / "src")
-    report = convert(tmp_path / "src", tmp_path / "dst", progress=False)
+    report = convert_exactly(tmp_path)
     assert_holds(tmp_path / "dst", source)
-    assert verify(tmp_path / "dst", tmp_path / "src", progress=False).mismatches == []
-    assert snapshot(tmp_path / "src") == before
     assert report.source_format == "awq"
     assert [(layer.zeros, layer.act_order) for layer in report.layers] == [(asymmetric, False)] * 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, deadline=None)
 @given(
     k=st.integers(1, 320),
     columns=st.integers(1, 20),
@@ -112,16 +83,8 @@ def test_any_size(
 
 def test_logits_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "src", config=awq_config(), tensors_of=awq_tensors)
-    convert(tmp_path / "src", tmp_path / "dst", progress=False)
-    with torch.device("meta"):
-        model = Tiny()
-    load(model, tmp_path / "dst")
-    assert model.head.weight is model.model.embed.weight
-    tokens = torch.arange(50)
-    with torch.no_grad():
-        got = model(tokens, torch.float16)
-        want = dequantized(source)(tokens, torch.float32)
-    torch.testing.assert_close(got, want, rtol=0, atol=4e-3 * float(want.abs().max()))
+    convert_exactly(tmp_path)
+    assert_logits(tmp_path, source)
 
 
 def test_sparse(tmp_path: Path) -> None:
@@ -198,134 +161,4 @@ def test_verify_finds_a_change(
 ) -> None:
     layers = {"a.b": make_layer(64, 64, sym=False, bias=True)}
     write_checkpoint(tmp_path / "src", layers, config=awq_config(), tensors_of=awq_tensors)
-    convert(tmp_path / "src", tmp_path / "dst", progress=False)
-    changed = read_all(tmp_path / "src")
-    change(changed[f"a.b.{leaf}"])
-    write_tensors(tmp_path / "src", changed)
-    (mismatch,) = verify(tmp_path / "dst", tmp_path / "src", progress=False).mismatches
-    assert re.match(rf"a\.b: {says}", mismatch), mismatch
-
-
-def config(**changes: Any) -> Damage:
-    return text("config.json", json.dumps(awq_config(**changes)))
-
-
-def add(name: str, tensor: Tensor) -> Damage:
-    return tensors(lambda found: found.update({name: tensor}))
-
-
-OLDER = {"zero_point": True, "q_group_size": 64, "w_bit": 4}
-CASES: dict[str, tuple[Damage, str]] = {
-    "truncated": (truncate(-3000), "is truncated: its header needs"),
-    "shard missing": (
-        sharded(lambda r, m: (r / "model-00002-of-00003.safetensors").unlink()),
-        "named by the index but missing",
-    ),
-    "no config": (remove("config.json"), "config.json cannot be read"),
-    # the configuration
-    "8 bits": (config(bits=8), "bits: got 8; only 4-bit"),
-    "bits as text": (config(bits="4"), "bits: got '4'"),
-    "no bits": (config(bits=None), "bits: got None"),
-    "no group size": (config(group_size=None), "group_size: got None"),
-    "group size 16": (config(group_size=16), "group_size: got 16; it must be -1, 32, 64 or 128"),
-    "gemv": (config(version="gemv"), "version: got 'gemv'.*only 'gemm' is read"),
-    "gemv_fast": (config(version="GEMV_FAST"), "version: got 'GEMV_FAST' .16-bit words"),
-    "version 1": (config(version=1), "version: got 1"),
-    "format of another tool": (config(format="gemv"), "format: got 'gemv'"),
-    "pack dtype": (config(pack_dtype="int16"), "pack_dtype: got 'int16'; only int32"),
-    "dynamic": (config(dynamic={".*": {"bits": 8}}), "dynamic: got settings of single modules"),
-    "zero point as text": (config(zero_point="yes"), "zero_point: got 'yes'"),
-    "not a list": (config(modules_to_not_convert="lm_head"), "modules_to_not_convert: got 'lm"),
-    "not names": (config(modules_to_not_convert=[3]), r"modules_to_not_convert: got \[3\]"),
-    "two configs disagree": (
-        text("quant_config.json", json.dumps(OLDER)),
-        "config.json and quant_config.json disagree on group_size: 32 and 64",
-    ),
-    "second config of another tool": (
-        text("quantize_config.json", json.dumps({**OLDER, "quant_method": "gptq"})),
-        "quant_method: got 'gptq'",
-    ),
-    "second config broken": (text("quant_config.json", "[]"), "quant_config.json holds a JSON"),
-    "excluded but quantized": (
-        config(modules_to_not_convert=["layers.0"]),
-        r"0\.up: modules_to_not_convert has 'layers\.0', but the layer has",
-    ),
-    "said to be symmetric": (
-        several(config(zero_point=False), poke(f"{UP}.qzeros", (1, 2), 0x77777777)),
-        r"0\.up: zero points: got 7 in group 1, column 16; with zero_point: false",
-    ),
-    "another group size": (
-        config(group_size=64),
-        r"0\.up: scales: got 2 groups for in_features=64; with group_size 64 .*must be 1",
-    ),
-    # the layers
-    "qweight missing": (tensors(lambda t: t.pop(f"{UP}.qweight")), r"0\.up: qweight is missing"),
-    "qzeros missing": (tensors(lambda t: t.pop(f"{UP}.qzeros")), r"0\.up: qzeros is missing"),
-    "scales missing": (tensors(lambda t: t.pop(f"{UP}.scales")), r"0\.up: scales is missing"),
-    "no layer": (
-        tensors(lambda t: [t.pop(k) for k in list(t) if "layers" in k]),
-        "no quantized layer.*format awq",
-    ),
-    "gptq tensors": (
-        add(f"{UP}.g_idx", torch.zeros(64, dtype=torch.int32)),
-        r"0\.up: g_idx beside qweight, qzeros: a quantized linear layer has only",
-    ),
-    "weight beside qweight": (add(f"{UP}.weight", torch.zeros(2)), r"0\.up: weight beside"),
-    "no module name": (add("qweight", torch.zeros(2)), "belong to no named module"),
-    "qweight int64": (put(f"{UP}.qweight", Tensor.long), r"0\.up: qweight: got int64"),
-    "qweight flat": (put(f"{UP}.qweight", Tensor.flatten), r"qweight: got int32 \[768\]"),
-    "qweight empty": (put(f"{UP}.qweight", lambda t: t[:0]), r"qweight: got int32 \[0, 12\]"),
-    "rows lost": (put(f"{UP}.qweight", lambda t: t[:-32]), r"scales: got 2 groups for in_feat"),
-    "columns lost": (put(f"{UP}.qweight", lambda t: t[:, :-1]), r"has 88 output features"),
-    "packed along K": (put(f"{UP}.qweight", lambda t: t.reshape(8, 96)), "768 output features"),
-    "qzeros float": (put(f"{UP}.qzeros", Tensor.float), r"qzeros: got float32 \[2, 12\]"),
-    "qzeros row lost": (put(f"{UP}.qzeros", lambda t: t[:1]), r"qzeros: got int32 \[1, 12\]"),
-    "scales int": (put(f"{UP}.scales", Tensor.int), r"scales: got int32"),
-    "scales row lost": (
-        several(put(f"{UP}.scales", lambda t: t[:1]), put(f"{UP}.qzeros", lambda t: t[:1])),
-        r"0\.up: scales: got 1 groups .*must be 2",
-    ),
-    "bias length": (put(f"{DOWN}.bias", lambda t: t[:-1]), r"0\.down: bias: got float16 \[63\]"),
-    "bias int": (put(f"{DOWN}.bias", Tensor.int), r"0\.down: bias: got int32"),
-    "scale NaN": (poke(f"{UP}.scales", (1, 3), float("nan")), r"up: scales: got nan at \[1, 3\]"),
-    "bias inf": (poke(f"{DOWN}.bias", (4,), float("inf")), r"down: bias: got inf at \[4\]"),
-    "scales float32": (put(f"{UP}.scales", Tensor.float), "dtype=torch.float16"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("valid") / "src"
-    return write_checkpoint(root, config=awq_config(), tensors_of=awq_tensors).directory
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_refused(tmp_path: Path, valid: Path, case: str) -> None:
-    assert_refused(tmp_path, valid, *CASES[case])
-
-
-def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
-    source = tmp_path / "src"
-    shutil.copytree(valid, source)
-
-    def change(found: dict[str, Tensor]) -> None:
-        found[f"{UP}.scales"][1, 3] = float("nan")
-        found[f"{DOWN}.bias"][0] = float("nan")
-        found.pop("model.layers.1.up.scales")
-
-    tensors(change)(source)
-    with pytest.raises(CheckpointError) as caught:
-        convert(source, tmp_path / "dst", progress=False)
-    assert [text.split(":")[0] for text in sorted(caught.value.refusals)] == list(
-        sorted(default_layers())
-    )
-
-
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(**CHANGES)
-def test_changed_bytes(
-    tmp_path_factory: pytest.TempPathFactory, valid: Path, **change: Any
-) -> None:
-    assert_changes_are_noticed(tmp_path_factory.mktemp("fuzz"), valid, **change)
+    assert_change_is_found(tmp_path, f"a.b.{leaf}", change, says)

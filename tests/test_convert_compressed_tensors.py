@@ -3,56 +3,40 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from checkpoints import (
     GptqLayer,
-    Tiny,
     assert_holds,
     ct_config,
     ct_tensors,
-    default_layers,
-    dequantized,
     make_layer,
     make_sparse,
     read_all,
-    snapshot,
     write_checkpoint,
     write_tensors,
 )
-from damage import (
-    CHANGES,
-    Damage,
-    assert_changes_are_noticed,
-    assert_refused,
-    poke,
-    put,
-    remove,
-    several,
-    sharded,
-    tensors,
-    text,
-    truncate,
+from conversions import (
+    any_layer,
+    assert_change_is_found,
+    assert_logits,
+    convert_exactly,
+    is_symmetric,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_convert_24 import stored_weight
 from torch import Tensor
 
-from marlin import load
 from marlin.convert import convert
 from marlin.formats.checkpoint import CheckpointError
 from marlin.verify import verify
 
-UP, DOWN = "model.layers.0.up", "model.layers.0.down"
 no_zeros = partial(ct_tensors, zeros="none")
 
 
@@ -80,49 +64,36 @@ def test_every_variant_is_exact(
             order="always" if ordered else "never",
         ),
     )
-    before = snapshot(tmp_path / "src")
-    report = convert(tmp_path / "src", tmp_path / "dst", progress=False)
+    report = convert_exactly(tmp_path)
     assert_holds(tmp_path / "dst", source)
-    assert verify(tmp_path / "dst", tmp_path / "src", progress=False).mismatches == []
-    assert snapshot(tmp_path / "src") == before
     assert report.source_format == "compressed-tensors"
     assert [layer.zeros for layer in report.layers] == [not sym] * 2
     assert [layer.act_order for layer in report.layers] == [ordered and group_size != -1, False]
     assert [layer.dtype for layer in report.layers] == ["float16", "bfloat16"]
     assert not any(layer.sparse for layer in report.layers)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    k=st.integers(1, 320),
-    n=st.integers(1, 150),
-    group_size=st.sampled_from([-1, 32, 64, 128]),
-    sym=st.booleans(),
-    act_order=st.booleans(),
-    shard_bytes=st.integers(1, 20_000),
-)
+@settings(max_examples=40, deadline=None)
+@given(layer=any_layer(), shard_bytes=st.integers(1, 20_000))
 def test_any_size(
-    tmp_path_factory: pytest.TempPathFactory,
-    k: int,
-    n: int,
-    group_size: int,
-    sym: bool,
-    act_order: bool,
-    shard_bytes: int,
+    tmp_path_factory: pytest.TempPathFactory, layer: GptqLayer, shard_bytes: int
 ) -> None:
     root = tmp_path_factory.mktemp("any")
-    layers = {"m.x": make_layer(k, n, group_size, sym=sym, act_order=act_order)}
-    config = ct_config(group_size, symmetric=sym, actorder="group" if act_order else None)
-    make = partial(
-        ct_tensors, zeros="none" if sym else "packed", order="always" if act_order else "never"
+    symmetric, ordered = is_symmetric(layer), bool((layer.g_idx.diff() < 0).any())
+    source = write_checkpoint(
+        root / "src",
+        {"m.x": layer},
+        config=ct_config(
+            layer.group_size, symmetric=symmetric, actorder="group" if ordered else None
+        ),
+        tensors_of=partial(
+            ct_tensors,
+            zeros="none" if symmetric else "packed",
+            order="always" if ordered else "never",
+        ),
     )
-    source = write_checkpoint(root / "src", layers, config=config, tensors_of=make)
-    convert(root / "src", root / "dst", progress=False, shard_bytes=shard_bytes)
+    convert_exactly(root, shard_bytes=shard_bytes)
     assert_holds(root / "dst", source)
-    assert verify(root / "dst", root / "src", progress=False).equal
 
 
 @pytest.mark.parametrize("actorder", ["group", "weight", None])
@@ -131,23 +102,14 @@ def test_an_order_that_is_not_set(tmp_path: Path, actorder: str | None) -> None:
     source = write_checkpoint(
         tmp_path / "src", config=ct_config(actorder=actorder), tensors_of=make
     )
-    convert(tmp_path / "src", tmp_path / "dst", progress=False)
+    convert_exactly(tmp_path)
     assert_holds(tmp_path / "dst", source)
-    assert verify(tmp_path / "dst", tmp_path / "src", progress=False).equal
 
 
 def test_logits_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "src", config=ct_config(), tensors_of=no_zeros)
-    convert(tmp_path / "src", tmp_path / "dst", progress=False)
-    with torch.device("meta"):
-        model = Tiny()
-    load(model, tmp_path / "dst")
-    assert model.head.weight is model.model.embed.weight
-    tokens = torch.arange(50)
-    with torch.no_grad():
-        got = model(tokens, torch.float16)
-        want = dequantized(source)(tokens, torch.float32)
-    torch.testing.assert_close(got, want, rtol=0, atol=4e-3 * float(want.abs().max()))
+    convert_exactly(tmp_path)
+    assert_logits(tmp_path, source)
 
 
 def test_groups_and_ignored_modules(tmp_path: Path) -> None:
@@ -173,9 +135,8 @@ def test_groups_and_ignored_modules(tmp_path: Path) -> None:
     source = write_checkpoint(
         tmp_path / "src", layers, config=config, others=others, tensors_of=make
     )
-    convert(tmp_path / "src", tmp_path / "dst", progress=False)
+    convert_exactly(tmp_path)
     assert_holds(tmp_path / "dst", source)
-    assert verify(tmp_path / "dst", tmp_path / "src", progress=False).equal
 
 
 def test_sparse_on_request(tmp_path: Path) -> None:
@@ -222,12 +183,7 @@ def test_verify_finds_a_change(
     layers = {"a.b": make_layer(64, 64, sym=False, bias=True)}
     config = ct_config(symmetric=False)
     write_checkpoint(tmp_path / "src", layers, config=config, tensors_of=ct_tensors)
-    convert(tmp_path / "src", tmp_path / "dst", progress=False)
-    changed = read_all(tmp_path / "src")
-    change(changed[f"a.b.{leaf}"])
-    write_tensors(tmp_path / "src", changed)
-    (mismatch,) = verify(tmp_path / "dst", tmp_path / "src", progress=False).mismatches
-    assert re.match(rf"a\.b: {says}", mismatch), mismatch
+    assert_change_is_found(tmp_path, f"a.b.{leaf}", change, says)
 
 
 def test_verify_finds_another_order(tmp_path: Path) -> None:
@@ -242,168 +198,3 @@ def test_verify_finds_another_order(tmp_path: Path) -> None:
     write_tensors(tmp_path / "src", changed)
     found = verify(tmp_path / "dst", tmp_path / "src", progress=False).mismatches
     assert re.match(r"a\.b: input feature \d+ is in group \d, want \d", found[0])
-
-
-def config(**changes: Any) -> Damage:
-    return text("config.json", json.dumps(ct_config(**changes)))
-
-
-def add(name: str, tensor: Tensor) -> Damage:
-    return tensors(lambda found: found.update({name: tensor}))
-
-
-SHUFFLED = torch.arange(64, dtype=torch.int32).flip(0) // 32
-ALL_G_IDX = tensors(
-    lambda found: found.update(
-        {
-            name.replace("weight_packed", "weight_g_idx"): torch.arange(8 * t.size(1)) // 32
-            for name, t in list(found.items())
-            if name.endswith("weight_packed")
-        }
-    )
-)
-CASES: dict[str, tuple[Damage, str]] = {
-    "truncated": (truncate(-3000), "is truncated: its header needs"),
-    "shard missing": (
-        sharded(lambda r, m: (r / "model-00002-of-00003.safetensors").unlink()),
-        "named by the index but missing",
-    ),
-    "no config": (remove("config.json"), "config.json cannot be read"),
-    # the configuration
-    "8 bits": (config(num_bits=8), r"config_groups\.group_0\.weights\.num_bits: got 8"),
-    "floats": (config(type="float"), "weights.type: got 'float'"),
-    "int-quantized": (config(format="int-quantized"), "format: got 'int-quantized' .8-bit"),
-    "float-quantized": (config(format="float-quantized"), "format: got 'float-quantized'"),
-    "nvfp4": (config(format="nvfp4-pack-quantized"), "4-bit floats, not integers"),
-    "no format": (config(format=None), "format: got None"),
-    "activations": (config(input_activations={"num_bits": 8}), "input_activations: got quantised"),
-    "cache": (config(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme: got a quantised cache"),
-    "no groups": (config(config_groups={}), "config_groups: got {}"),
-    "tensor strategy": (config(strategy="tensor"), "strategy: got 'tensor'"),
-    "group size 16": (config(group_size=16), "group_size: got 16; it must be 32, 64 or 128"),
-    "broken target": (config(targets=["re:("]), "targets: got 're:.'; not a regular expression"),
-    "ignored but quantized": (
-        config(ignore=["re:.*up"]),
-        r"0\.up: the config's ignore names it, but it has weight_",
-    ),
-    "no target": (
-        config(targets=["re:.*down"]),
-        r"0\.up: no target of the config's config_groups matches it, but it has",
-    ),
-    "another group size": (
-        config(group_size=64),
-        r"0\.up: weight_scale: got 2 groups for in_features=64; with group_size 64 of "
-        r"config_groups\.group_0 there must be 1",
-    ),
-    "channel": (config(strategy="channel"), r"with strategy channel of .* there must be 1"),
-    "said to be asymmetric": (
-        config(symmetric=False),
-        r"0\.up: weight_zero_point is missing \(format pack-quantized of config_groups\.group_0",
-    ),
-    "said to be symmetric": (
-        add(f"{UP}.weight_zero_point", torch.full((12, 2), 0x77777777, dtype=torch.int32)),
-        r"0\.up: zero points: got 7 in group 0, column 0; with symmetric: true in the config",
-    ),
-    "order missing": (config(actorder="group"), r"0\.up: weight_g_idx is missing"),
-    "order missing, by its alias": (config(actorder="dynamic"), r"weight_g_idx is missing"),
-    "order not in the config": (
-        add(f"{UP}.weight_g_idx", SHUFFLED),
-        r"0\.up: weight_g_idx: got features out of the order .* actorder 'group'",
-    ),
-    "said to be marlin-24": (
-        config(format="marlin-24", group_size=128),
-        r"0\.up: weight_scale beside weight_packed.*0\.up: scale_packed is missing",
-    ),
-    # the layers
-    "weight missing": (tensors(lambda t: t.pop(f"{UP}.weight_packed")), "weight_packed is missing"),
-    "scale missing": (tensors(lambda t: t.pop(f"{UP}.weight_scale")), "weight_scale is missing"),
-    "shape missing": (tensors(lambda t: t.pop(f"{UP}.weight_shape")), "weight_shape is missing"),
-    "no layer": (
-        tensors(lambda t: [t.pop(k) for k in list(t) if "layers" in k]),
-        r"no quantized layer: no tensor is called <module>\.weight_packed",
-    ),
-    "quantized activations": (
-        add(f"{UP}.input_scale", torch.ones(1)),
-        r"0\.up: input_scale beside weight_packed, weight_scale, weight_shape: a quantized",
-    ),
-    "weight beside": (add(f"{UP}.weight", torch.zeros(2)), r"0\.up: weight beside"),
-    "8-bit floats": (
-        several(add("q.weight", torch.ones(8, 8)), add("q.weight_scale", torch.ones(8, 1))),
-        "q: weight beside weight_scale",
-    ),
-    "no module name": (add("weight_packed", torch.zeros(2)), "belong to no named module"),
-    "shape of another layer": (
-        add(f"{UP}.weight_shape", torch.tensor([64, 96])),
-        r"0\.up: weight_packed: got int32 \[96, 8\]; weight_shape \(64, 96\)",
-    ),
-    "shape of 3": (add(f"{UP}.weight_shape", torch.tensor([1, 96, 64])), "two positive integers"),
-    "shape negative": (add(f"{UP}.weight_shape", torch.tensor([-96, -64])), "two positive"),
-    "shape huge": (add(f"{UP}.weight_shape", torch.tensor([2**62, 2**62])), "weight_packed: got"),
-    "shape float": (put(f"{UP}.weight_shape", Tensor.float), "weight_shape: got float32"),
-    "weight int64": (put(f"{UP}.weight_packed", Tensor.long), "weight_packed: got int64"),
-    "weight flat": (put(f"{UP}.weight_packed", Tensor.flatten), r"got int32 \[768\]"),
-    "8-bit words": (put(f"{UP}.weight_packed", lambda t: t.repeat(1, 2)), "twice the words"),
-    "scales row lost": (put(f"{UP}.weight_scale", lambda t: t[:-1]), r"must be \[96, groups\]"),
-    "group lost": (put(f"{UP}.weight_scale", lambda t: t[:, :1]), "got 1 groups .*must be 2"),
-    "scales int": (put(f"{UP}.weight_scale", Tensor.int), "weight_scale: got int32"),
-    "zeros of another shape": (
-        add(f"{UP}.weight_zero_point", torch.zeros(2, 12, dtype=torch.int32)),
-        r"weight_zero_point: got int32 \[2, 12\]; it must be int32 \[12, 2\]",
-    ),
-    "zeros of 8 bits": (
-        add(f"{UP}.weight_zero_point", torch.full((96, 2), 100, dtype=torch.int8)),
-        r"weight_zero_point: got int8 values 100\.\.100",
-    ),
-    "order of another length": (
-        add(f"{UP}.weight_g_idx", SHUFFLED[:-1].clone()),
-        r"weight_g_idx: got int32 \[63\]; it must be integers \[64\]",
-    ),
-    "order unbalanced": (
-        several(ALL_G_IDX, config(actorder="group"), poke(f"{UP}.weight_g_idx", (0,), 1)),
-        "0.up: g_idx puts 31 features into group 0",
-    ),
-    "order out of range": (
-        several(ALL_G_IDX, config(actorder="group"), poke(f"{UP}.weight_g_idx", (7,), 2)),
-        r"0.up: g_idx\[7\] is 2, want a group in 0\.\.1",
-    ),
-    "bias length": (put(f"{DOWN}.bias", lambda t: t[:-1]), r"0\.down: bias: got float16 \[63\]"),
-    "scale NaN": (poke(f"{UP}.weight_scale", (3, 1), float("nan")), "weight_scale: got nan at"),
-    "bias inf": (poke(f"{DOWN}.bias", (4,), float("inf")), r"down: bias: got inf at \[4\]"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("valid") / "src"
-    return write_checkpoint(root, config=ct_config(), tensors_of=no_zeros).directory
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_refused(tmp_path: Path, valid: Path, case: str) -> None:
-    assert_refused(tmp_path, valid, *CASES[case])
-
-
-def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
-    source = tmp_path / "src"
-    shutil.copytree(valid, source)
-
-    def change(found: dict[str, Tensor]) -> None:
-        found[f"{UP}.weight_scale"][3, 1] = float("nan")
-        found[f"{DOWN}.bias"][0] = float("nan")
-        found.pop("model.layers.1.up.weight_scale")
-
-    tensors(change)(source)
-    with pytest.raises(CheckpointError) as caught:
-        convert(source, tmp_path / "dst", progress=False)
-    names = [text.split(":")[0] for text in sorted(caught.value.refusals)]
-    assert names == sorted(default_layers())
-
-
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(**CHANGES)
-def test_changed_bytes(
-    tmp_path_factory: pytest.TempPathFactory, valid: Path, **change: Any
-) -> None:
-    assert_changes_are_noticed(tmp_path_factory.mktemp("fuzz"), valid, **change)

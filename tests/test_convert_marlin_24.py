@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,22 +17,17 @@ from checkpoints import (
     ct_tensors,
     make_layer,
     read_all,
-    snapshot,
     write_checkpoint,
-    write_tensors,
 )
-from damage import Damage, assert_refused, poke, put, several, tensors, text, truncate
-from test_convert_24 import model_of, stored_weight
+from conversions import assert_change_is_found, assert_loads, convert_exactly
+from test_convert_24 import stored_weight
 from test_formats_marlin_24 import make_weight, write
 from torch import Tensor
 
-from marlin import MarlinLinear, MarlinLinear24, load
 from marlin.cli import main
 from marlin.convert import convert
-from marlin.formats.checkpoint import CheckpointError
-from marlin.verify import verify
 
-UP, DOWN = "model.up", "model.down"
+UP, DOWN = "model.layers.0.up", "model.layers.0.down"
 
 
 class SparseLayer(GptqLayer):
@@ -95,9 +88,7 @@ def test_every_variant_is_exact(
         tensors_of=sparse_tensors,
         shards=shards,
     )
-    before = snapshot(tmp_path / "src")
-    report = convert(tmp_path / "src", tmp_path / "dst", progress=False, **flags)
-    assert snapshot(tmp_path / "src") == before
+    report = convert_exactly(tmp_path, **flags)
     assert [(layer.sparse, layer.dense_reason) for layer in report.layers] == [(True, "")] * 2
     assert not report.warnings
     found = read_all(tmp_path / "dst")
@@ -109,8 +100,6 @@ def test_every_variant_is_exact(
     assert quantization["modules"]["a.b"] == {
         "in_features": 384, "out_features": 64, "group_size": group_size, "sparsity": "2:4",
     }  # fmt: skip
-    assert verify(tmp_path / "dst", tmp_path / "src", progress=False).mismatches == []
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
 
 
 @pytest.mark.parametrize("mixed", [True, False])
@@ -132,20 +121,9 @@ def test_loads_beside_dense_layers(tmp_path: Path, mixed: bool) -> None:
         return sparse_tensors(layer) if is_sparse else ct_tensors(layer, zeros="none")
 
     source = write_checkpoint(tmp_path / "src", layers, config=config, others={}, tensors_of=make)
-    report = convert(tmp_path / "src", tmp_path / "dst", progress=False)
+    report = convert_exactly(tmp_path)
     assert {r.name for r in report.layers if r.sparse} == {UP, DOWN}
-    assert verify(tmp_path / "dst", tmp_path / "src", progress=False).equal
-    with torch.device("meta"):
-        model = model_of(source)
-    load(model, tmp_path / "dst")
-    for name, layer in layers.items():
-        module = model.get_submodule(name)
-        assert type(module) is (MarlinLinear if name == "model.dense" else MarlinLinear24)
-        assert torch.equal(module.dequantize(), layer.weight().half())
-        x = torch.randn(5, layer.q.size(1)).half()
-        bias = 0 if layer.bias is None else layer.bias.float()
-        want = x.float() @ layer.weight().float().T + bias
-        torch.testing.assert_close(module(x).float(), want, rtol=2e-3, atol=4e-3)
+    assert_loads(tmp_path, source)
 
 
 def test_dry_run_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,85 +148,6 @@ def test_verify_finds_a_change(
     tmp_path: Path, leaf: str, change: Callable[[Tensor], object], says: str
 ) -> None:
     write_sparse(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "dst", progress=False)
-    changed = read_all(tmp_path / "src")
     if leaf == "meta":  # a quad that does not have the places 2, 3 already
-        assert int(changed[f"{UP}.meta"][0, 0]) & 15 != 0b1110
-    change(changed[f"{UP}.{leaf}"])
-    write_tensors(tmp_path / "src", changed)
-    found = verify(tmp_path / "dst", tmp_path / "src", progress=False).mismatches
-    assert re.match(rf"model\.up: {says}", found[0]), found
-
-
-def config(**changes: Any) -> Damage:
-    return text("config.json", json.dumps(config_24(**changes)))
-
-
-def add(name: str, tensor: Tensor) -> Damage:
-    return tensors(lambda found: found.update({name: tensor}))
-
-
-CASES: dict[str, tuple[Damage, str]] = {
-    "truncated": (truncate(-300), "is truncated: its header needs"),
-    "8 bits": (config(num_bits=8), "num_bits: got 8"),
-    "group size 64": (config(group_size=64), "group_size: got 64; 'marlin-24' has groups of 128"),
-    "asymmetric": (config(symmetric=False), "symmetric: got false; 'marlin-24' stores no zero"),
-    "order": (config(actorder="group"), "actorder: got 'group'; 'marlin-24' stores no order"),
-    "channel": (
-        config(strategy="channel", group_size=None),
-        r"up: scale_packed: got 3 groups for in_features=384; with strategy channel",
-    ),
-    "said to be pack-quantized": (
-        config(format="pack-quantized"),
-        r"up: scale_packed beside weight_packed.*up: weight_scale is missing \(format pack-quant",
-    ),
-    "ignored": (config(ignore=["re:.*up"]), "up: the config's ignore names it"),
-    "weight missing": (tensors(lambda t: t.pop(f"{UP}.weight_packed")), "weight_packed is missing"),
-    "scale missing": (tensors(lambda t: t.pop(f"{UP}.scale_packed")), "scale_packed is missing"),
-    "meta missing": (tensors(lambda t: t.pop(f"{UP}.meta")), "up: meta is missing"),
-    "scales twice": (add(f"{UP}.weight_scale", torch.ones(64, 3)), "weight_scale beside"),
-    "meta of 32 bits": (put(f"{UP}.meta", Tensor.int), r"up: meta: got int32 \[12, 128\]"),
-    "meta row lost": (put(f"{UP}.meta", lambda t: t[:-1]), r"up: meta: got int16 \[11, 128\]"),
-    "weight int64": (put(f"{UP}.weight_packed", Tensor.long), "weight_packed: got int64"),
-    "odd columns": (
-        several(*(put(f"{UP}.{leaf}", lambda t: t[:, :-4]) for leaf in ("weight_packed", "meta"))),
-        "out_features is a multiple of 64",
-    ),
-    "8-bit words": (put(f"{UP}.weight_packed", lambda t: t.repeat(1, 2)), "up: meta: got int16"),
-    "group lost": (put(f"{UP}.scale_packed", lambda t: t[:2]), r"scale_packed: got float16 \[2, "),
-    "only one group": (
-        put(f"{UP}.scale_packed", lambda t: t[:1]),
-        r"scale_packed: got 1 groups for in_features=384; with group_size 128 .* must be 3",
-    ),
-    "places that fall": (
-        poke(f"{UP}.meta", (3, 5), 0),
-        r"up: meta: got the places 0, 0 for row \d+, columns \d+\.\.\d+; the first must be",
-    ),
-    "scale NaN": (poke(f"{UP}.scale_packed", (1, 3), float("nan")), "scale_packed: got nan at"),
-    "bias length": (put(f"{DOWN}.bias", lambda t: t[:-1]), r"down: bias: got float16 \[127\]"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sparse(tmp_path_factory.mktemp("valid") / "src").directory
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_refused(tmp_path: Path, valid: Path, case: str) -> None:
-    assert_refused(tmp_path, valid, *CASES[case])
-
-
-def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
-    source = tmp_path / "src"
-    shutil.copytree(valid, source)
-
-    def change(found: dict[str, Tensor]) -> None:
-        found[f"{UP}.meta"][0, 0] = 0
-        found[f"{UP}.scale_packed"][1, 3] = float("nan")
-        found[f"{DOWN}.bias"][0] = float("nan")
-
-    tensors(change)(source)
-    with pytest.raises(CheckpointError) as caught:
-        convert(source, tmp_path / "dst", progress=False)
-    assert len(caught.value.refusals) == 3
+        assert int(read_all(tmp_path / "src")[f"{UP}.meta"][0, 0]) & 15 != 0b1110
+    assert_change_is_found(tmp_path, f"{UP}.{leaf}", change, says)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,38 +16,21 @@ from checkpoints import (
     gptq_tensors,
     make_layer,
     read_all,
-    snapshot,
     write_checkpoint,
-    write_tensors,
 )
-from damage import (
-    CHANGES,
-    Damage,
-    assert_changes_are_noticed,
-    assert_refused,
-    poke,
-    put,
-    remove,
-    several,
-    sharded,
-    tensors,
-    text,
-    truncate,
-)
-from hypothesis import HealthCheck, given, settings
+from conversions import assert_change_is_found, assert_loads, convert_exactly, model_of
 from memory import grown
-from test_convert_24 import model_of
 from test_formats_original_marlin import write
 from torch import Tensor
 
-from marlin import MarlinLinear, load
+from marlin import load
 from marlin.cli import main
 from marlin.convert import convert
 from marlin.export import export
 from marlin.formats.checkpoint import CheckpointError
 from marlin.verify import verify
 
-UP, DOWN = "model.up", "model.down"
+UP, DOWN = "model.layers.0.up", "model.layers.0.down"
 
 STYLES: dict[str, dict[str, Any]] = {
     "own": {"quant_method": "marlin"},
@@ -68,9 +49,13 @@ def marlin_tensors(layer: GptqLayer) -> dict[str, Tensor]:
 def marlin_config(
     group_size: int | None = 128, style: str = "autogptq 0.8", **changes: Any
 ) -> dict[str, Any]:
+    """A ``config.json``, changed as by :func:`tiles_config`."""
+    return tiles_config(group_size, **STYLES[style] | changes)
+
+
+def tiles_config(group_size: int | None, **changes: Any) -> dict[str, Any]:
     """A ``config.json``; ``changes`` go to its quantization_config, None removes a key."""
-    settings = {"bits": 4, "sym": True, "desc_act": False, "group_size": group_size}
-    settings = {**settings, **STYLES[style], **changes}
+    settings = {"bits": 4, "sym": True, "desc_act": False, "group_size": group_size, **changes}
     settings = {key: value for key, value in settings.items() if value is not None}
     return {"model_type": "tiny", "hidden_size": 64, "quantization_config": settings}
 
@@ -104,14 +89,10 @@ def test_every_variant_is_exact(
         tensors_of=marlin_tensors,
         shards=shards,
     )
-    before = snapshot(tmp_path / "src")
-    report = convert(tmp_path / "src", tmp_path / "dst", progress=False)
-    assert snapshot(tmp_path / "src") == before
+    report = convert_exactly(tmp_path)
     assert report.source_format == "original-marlin"
     assert report.warnings == []
     assert_holds(tmp_path / "dst", source)
-    assert verify(tmp_path / "dst", tmp_path / "src", progress=False).mismatches == []
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dst", "src"]
 
 
 @pytest.mark.parametrize("place", ["config.json", "quantize_config.json", "both"])
@@ -146,20 +127,10 @@ def test_excluded_modules_are_copied(tmp_path: Path) -> None:
 
 def test_loads_into_a_model(tmp_path: Path) -> None:
     source = write_marlin(tmp_path / "src", others={})
-    with torch.device("meta"):
-        model = model_of(source)
     with pytest.raises(CheckpointError, match="not 'marlin': convert the checkpoint"):
-        load(model, tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "dst", progress=False)
-    load(model, tmp_path / "dst")
-    for name, layer in source.layers.items():
-        module = model.get_submodule(name)
-        assert type(module) is MarlinLinear
-        assert torch.equal(module.dequantize(), layer.weight().half())
-        x = torch.randn(5, layer.q.size(1)).half()
-        bias = 0 if layer.bias is None else layer.bias.float()
-        want = x.float() @ layer.weight().float().T + bias
-        torch.testing.assert_close(module(x).float(), want, rtol=2e-3, atol=4e-3)
+        load(model_of(source), tmp_path / "src")
+    convert_exactly(tmp_path)
+    assert_loads(tmp_path, source)
 
 
 def test_becomes_gptq(tmp_path: Path) -> None:
@@ -197,128 +168,7 @@ def test_verify_finds_a_change(
     tmp_path: Path, leaf: str, change: Callable[[Tensor], object], says: str
 ) -> None:
     write_marlin(tmp_path / "src")
-    convert(tmp_path / "src", tmp_path / "dst", progress=False)
-    changed = read_all(tmp_path / "src")
-    change(changed[f"{UP}.{leaf}"])
-    write_tensors(tmp_path / "src", changed)
-    (mismatch,) = verify(tmp_path / "dst", tmp_path / "src", progress=False).mismatches
-    assert re.match(rf"model\.up: {says}", mismatch), mismatch
-
-
-def config(**changes: Any) -> Damage:
-    return text("config.json", json.dumps(marlin_config(**changes)))
-
-
-def add(name: str, tensor: Tensor) -> Damage:
-    return tensors(lambda found: found.update({name: tensor}))
-
-
-CASES: dict[str, tuple[Damage, str]] = {
-    "truncated": (truncate(-300), "is truncated: its header needs"),
-    "half a header": (truncate(100), "is truncated"),
-    "no config": (remove("config.json"), "config.json cannot be read"),
-    "shard missing": (
-        sharded(lambda r, m: (r / "model-00002-of-00003.safetensors").unlink()),
-        "named by the index but missing",
-    ),
-    # the configuration
-    "8 bits": (config(bits=8), "bits: got 8 with the packing of the original Marlin kernel"),
-    "bits as text": (config(bits="4"), "bits: got '4'"),
-    "bits true": (config(bits=True), "bits: got True"),
-    "no group size": (config(group_size=None), "group_size: got None .* groups of 128, or one"),
-    "group size 64": (config(group_size=64), "group_size: got 64 with"),
-    "group size 128.0": (config(group_size=128.0), r"group_size: got 128\.0 with"),
-    "asymmetric": (config(sym=False), "sym: got False .* stores no zero points"),
-    "order": (config(desc_act=True), "desc_act: got True .* stores no order of the features"),
-    "pack dtype": (config(pack_dtype="int16"), "pack_dtype: got 'int16'"),
-    "alias disagrees": (config(w_bit=8), "bits is 4 but its alias w_bit is 8"),
-    "overrides": (config(dynamic={".*up": {"bits": 8}}), "dynamic: got .*only exclusions"),
-    "dynamic is a list": (config(dynamic=[1]), r"dynamic: got \[1\]"),
-    "formats disagree": (
-        config(style="autogptq 0.7", checkpoint_format="gptq"),
-        "checkpoint_format: got 'gptq' with the packing",
-    ),
-    "two configs disagree": (
-        text("quantize_config.json", json.dumps({"bits": 4, "group_size": -1})),
-        "disagree on group_size: 128 and -1",
-    ),
-    "second config of another tool": (
-        several(
-            text("config.json", "{}"),
-            text("quantize_config.json", '{"quant_method": "awq", "format": "marlin"}'),
-        ),
-        "quant_method: got 'awq' with the packing .*group_size: got None",
-    ),
-    "said to be gptq": (
-        config(style="autogptq 0.7", is_marlin_format=None),
-        r"no quantized layer: no tensor is called <module>\.qweight, as the format gptq",
-    ),
-    "said to be awq": (config(quant_method="awq"), "checkpoint_format: got 'marlin'"),
-    "said to be ours": (config(style="own", format_version=1), "own format already"),
-    "2:4": (config(checkpoint_format="marlin_24"), "MarlinLinear24.from_marlin_24 reads"),
-    # the layers
-    "B missing": (tensors(lambda t: t.pop(f"{UP}.B")), "up: B is missing"),
-    "s missing": (tensors(lambda t: t.pop(f"{UP}.s")), "up: s is missing"),
-    "no layer": (
-        tensors(lambda t: [t.pop(k) for k in list(t) if k.startswith((UP, DOWN))]),
-        "no quantized layer.*<module>.B, as the format original-marlin",
-    ),
-    "weight beside B": (add(f"{UP}.weight", torch.zeros(2)), "up: weight beside B, s: a quantized"),
-    "g_idx beside B": (add(f"{UP}.g_idx", torch.zeros(384).int()), "up: g_idx beside B, s"),
-    "no module name": (add("B", torch.zeros(2)), "belong to no named module"),
-    "B int64": (put(f"{UP}.B", Tensor.long), r"up: B: got int64 \[24, 128\]; it must be int32"),
-    "B flat": (put(f"{UP}.B", Tensor.flatten), r"up: B: got int32 \[3072\]"),
-    "B empty": (put(f"{UP}.B", lambda t: t[:0]), r"up: B: got int32 \[0, 128\]"),
-    "B rows lost": (put(f"{UP}.B", lambda t: t[:-8]), r"up: s: got float16 \[3, 64\].*\[2, 64\]"),
-    "B columns lost": (put(f"{UP}.B", lambda t: t[:, :-64]), "up: B: .* multiple of 64"),
-    "8-bit words": (put(f"{UP}.B", lambda t: t.repeat(1, 2)), "up: s: got .*out_features=128"),
-    "s int": (put(f"{UP}.s", Tensor.int), r"up: s: got int32"),
-    "s float32": (put(f"{UP}.s", Tensor.float), r"up: s: got float32.*dtype=torch.float16"),
-    "s group lost": (put(f"{UP}.s", lambda t: t[:2]), r"up: s: got float16 \[2, 64\]"),
-    "s of one group": (
-        put(f"{UP}.s", lambda t: t[:1]),
-        "up: s: got 1 groups for in_features=384; with group_size 128 .*must be 3",
-    ),
-    "another group size": (config(group_size=-1), "up: s: got 3 groups .*must be 1"),
-    "s NaN": (poke(f"{UP}.s", (1, 3), float("nan")), "up: s: got nan at"),
-    "bias inf": (poke(f"{DOWN}.bias", (4,), float("inf")), r"down: bias: got inf at \[4\]"),
-    "bias length": (put(f"{DOWN}.bias", lambda t: t[:-1]), r"down: bias: got float16 \[127\]"),
-    "bias int": (put(f"{DOWN}.bias", Tensor.int), "down: bias: got int32"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_marlin(tmp_path_factory.mktemp("valid") / "src").directory
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_refused(tmp_path: Path, valid: Path, case: str) -> None:
-    assert_refused(tmp_path, valid, *CASES[case])
-
-
-def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
-    source = tmp_path / "src"
-    shutil.copytree(valid, source)
-
-    def change(found: dict[str, Tensor]) -> None:
-        found[f"{UP}.s"][1, 3] = float("nan")
-        found[f"{DOWN}.bias"][0] = float("nan")
-
-    tensors(change)(source)
-    with pytest.raises(CheckpointError) as caught:
-        convert(source, tmp_path / "dst", progress=False)
-    assert len(caught.value.refusals) == 2
-
-
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(**CHANGES)
-def test_changed_bytes(
-    tmp_path_factory: pytest.TempPathFactory, valid: Path, **change: Any
-) -> None:
-    assert_changes_are_noticed(tmp_path_factory.mktemp("fuzz"), valid, **change)
+    assert_change_is_found(tmp_path, f"{UP}.{leaf}", change, says)
 
 
 def test_memory_is_bounded_by_a_layer(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from checkpoints import (
     write_checkpoint,
     write_tensors,
 )
+from conversions import any_layer, convert_exactly, is_symmetric, refusals_of
 from damage import (
     CHANGES,
     Damage,
@@ -42,7 +43,7 @@ from damage import (
     text,
     truncate,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import grown
 from safetensors.torch import load_file
@@ -143,33 +144,20 @@ def test_every_variant_is_exact(
     ]
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    words=st.integers(1, 40),
-    columns=st.integers(1, 20),
-    group_size=st.sampled_from([-1, 32, 64, 128]),
-    sym=st.booleans(),
-    act_order=st.booleans(),
-    shard_bytes=st.integers(1, 20_000),
-)
+@settings(max_examples=30, deadline=None)
+@given(layer=any_layer(step=8), shard_bytes=st.integers(1, 20_000))
 def test_any_size(
-    tmp_path_factory: pytest.TempPathFactory,
-    words: int,
-    columns: int,
-    group_size: int,
-    sym: bool,
-    act_order: bool,
-    shard_bytes: int,
+    tmp_path_factory: pytest.TempPathFactory, layer: GptqLayer, shard_bytes: int
 ) -> None:
     root = tmp_path_factory.mktemp("any")
-    layers = {"m.x": make_layer(8 * words, 8 * columns, group_size, sym=sym, act_order=act_order)}
-    layers["m.x"].zeros[0, 0] = 8 if sym else 0
-    source = write_checkpoint(root / "src", layers, config=gptq_config(group_size, sym=sym))
-    convert(root / "src", root / "dst", progress=False)
+    symmetric = is_symmetric(layer)
+    if not symmetric:
+        layer.zeros[0, 0] = 0
+    config = gptq_config(layer.group_size, sym=symmetric)
+    source = write_checkpoint(root / "src", {"m.x": layer}, config=config)
+    convert_exactly(root)
     export(root / "dst", root / "out", progress=False, shard_bytes=shard_bytes)
-    assert_gptq(root / "out", layers, source.others)
+    assert_gptq(root / "out", source.layers, source.others)
     assert verify(root / "out", root / "dst", progress=False).equal
 
 
@@ -515,19 +503,13 @@ def test_refused(tmp_path: Path, valid: Path, case: str) -> None:
 
 
 def test_every_refusal_is_listed_at_once(tmp_path: Path, valid: Path) -> None:
-    source = tmp_path / "src"
-    shutil.copytree(valid, source)
-
     def change(found: dict[str, Tensor]) -> None:
         found[f"{ORDERED}.perm"][0] = 99
         found[f"{ORDERED}.zeros"][0, 0] = 77
         found[f"{SPARSE}.places"][0, 0, 0] = 0
         found[f"{UP}.scales"][1, 3] = float("inf")
 
-    tensors(change)(source)
-    with pytest.raises(CheckpointError) as caught:
-        export(source, tmp_path / "out", progress=False)
-    assert len(caught.value.refusals) == 4
+    assert len(refusals_of(tmp_path, valid, tensors(change), export)) == 4
 
 
 @pytest.fixture(scope="module")
@@ -544,9 +526,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "dst"
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, deadline=None)
 @given(**CHANGES)
 def test_changed_bytes(
     tmp_path_factory: pytest.TempPathFactory, small: Path, **change: Any

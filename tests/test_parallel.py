@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -228,24 +227,6 @@ class TestShard:
 
 
 # What follows runs on ranks. Functions that they call are given the device first.
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        ("cpu", 2),
-        ("cpu", 3),
-        pytest.param(("cuda", 2), marks=[pytest.mark.gpu, pytest.mark.multi_gpu]),
-    ],
-    ids=["gloo2", "gloo3", "nccl2"],
-)
-def ranks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Ranks]:
-    device, world_size = request.param
-    made = Ranks(world_size, device, tmp_path_factory.mktemp("ranks") / "rendezvous")
-    yield made
-    made.close()
 
 
 def own(x: Tensor, bounds: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -16,11 +17,11 @@ from checkpoints import read_all, write_tensors
 from torch import Tensor, nn
 
 import marlin
-from marlin import CheckpointError, MarlinLinear, MarlinLinear24
-from marlin.parallel import Row, parallelize
+from marlin import CheckpointError, MarlinLinear, MarlinLinear24, parallel
+from marlin.parallel import Row, RowParallelMarlinLinear, parallelize
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-import_module("marlin.integrations.transformers")
+integration = import_module("marlin.integrations.transformers")
 
 from tiny_llama import TOKENS, assert_equal_states, exact_model, write_llama  # noqa: E402
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
@@ -275,16 +276,74 @@ class TestRefusals:
             load(DEMO / "fp16", quantization_config=config)
 
 
-def test_parts_of_ranks_are_not_saved(tmp_path: Path) -> None:
-    model = load(write_llama(tmp_path / "dst").directory)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_replaced_layers_are_saved(tmp_path: Path, sparse: bool, fused: bool) -> None:
+    model = load(DEMO / "fp16", dtype=torch.float16)
+    options = {"sparse": True, "prune": "magnitude"} if sparse else {}
+    marlin.replace_linear(model, **options)
+    if fused:
+        assert marlin.fuse(model).fused
+    integration.prepare_to_save(model)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert type(again.get_submodule(UP)) is (MarlinLinear24 if sparse else MarlinLinear)
+    assert_equal_states(again, model)
+    tokens = torch.arange(9)[None]
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    again.save_pretrained(tmp_path / "again")
+    assert_equal_states(load(tmp_path / "again"), model)
+
+
+def test_what_cannot_be_prepared_to_be_saved() -> None:
+    model = load(DEMO / "fp16", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"without packed layers.*marlin\.replace_linear"):
+        integration.prepare_to_save(model)
+    marlin.replace_linear(model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallelize(model, {"o_proj": Row()})
     finally:
         dist.destroy_process_group()
-    with pytest.raises(ValueError, match=r"rank's part of model\.layers\.0\.self_attn\.o_proj"):
+    with pytest.raises(ValueError, match="rank's parts of layers"):
+        integration.prepare_to_save(model)
+
+
+def by_hand(directory: Path) -> nn.Module:
+    model = load(directory)
+    attention = model.model.layers[0].self_attn
+    attention.o_proj = RowParallelMarlinLinear.from_layer(attention.o_proj)
+    return model
+
+
+def loaded_in_parts(directory: Path) -> nn.Module:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory))
+    return parallel.load(model, directory, {"o_proj": Row()})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        by_hand,
+        loaded_in_parts,
+        lambda directory: copy.deepcopy(parallelize(load(directory), {"o_proj": Row()})),
+        lambda directory: parallelize(load(directory), {"o_proj": Row()}).model,
+    ],
+    ids=["by hand", "loaded", "copied", "base"],
+)
+def test_parts_of_ranks_are_not_saved(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    source = write_llama(tmp_path / "dst")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = make(source.directory)
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(ValueError, match=r"rank's parts of layers.*copy the folder that"):
         model.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob("*"))
+    if make is not by_hand:  # transformers makes the folder first
+        assert not (tmp_path / "saved").exists()
 
 
 class Adapter(nn.Module):

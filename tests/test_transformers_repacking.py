@@ -58,7 +58,7 @@ def test_layers_are_those_of_the_converter(
     model, info = load(source.directory, output_loading_info=True)
     assert not any(info.values()), info
     assert not model.training
-    kind = MarlinLinear24 if form == "marlin-24" else MarlinLinear
+    kind = MarlinLinear24 if FORMATS[form].sparse else MarlinLinear
     assert type(model.get_submodule(LAYER)) is kind
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert all(t.data_ptr() % 16 == 0 for t in model.buffers())

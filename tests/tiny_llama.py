@@ -25,6 +25,7 @@ from checkpoints import (
 )
 from test_convert_marlin_24 import config_24, make_sparse_layer, sparse_tensors
 from test_convert_original_marlin import marlin_config, marlin_tensors
+from test_convert_sparse_marlin import sparse_marlin_config, sparse_marlin_tensors
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,6 +68,11 @@ FORMATS = {
     "marlin-24": Format(
         config_24(ignore=["lm_head", "re:.*[kv]_proj"]),  # of 32 output features: not of 64
         sparse_tensors,
+        sparse=True,
+    ),
+    "sparse-marlin": Format(
+        sparse_marlin_config(style="vllm, its own name", dynamic={r"-:.*[kv]_proj": {}}),
+        sparse_marlin_tensors,
         sparse=True,
     ),
     "original-marlin": Format(

@@ -15,13 +15,13 @@ from marlin.formats.compressed_tensors_config import (
     WeightGroup,
     parse_compressed_tensors_config,
 )
+from marlin.formats.marlin_24_source import Marlin24Layer
 from marlin.formats.packed import bias_problems
-from marlin.formats.source import SourceFormat, SourceLayer, collected, missing_leaves
-from marlin.formats.sparse import pack_used
+from marlin.formats.source import SourceFormat, SourceLayer, missing_leaves
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     PACKED: ("weight_packed", "weight_scale", "weight_shape"),
-    SPARSE: ("weight_packed", "scale_packed", "meta"),
+    SPARSE: marlin_24.COMPRESSED_TENSORS,
 }
 OPTIONAL = {PACKED: ("weight_zero_point", "weight_g_idx", "bias"), SPARSE: ("bias",)}
 
@@ -73,35 +73,6 @@ class InOrderLayer(PackQuantizedLayer):
                 "checkpoint again"
             )
         return None
-
-
-class Marlin24Layer(SourceLayer):
-    """Its tensors have passed :func:`marlin.formats.marlin_24.check_layout`."""
-
-    sparse = True
-    scale_leaf = "scale_packed"
-
-    def codes(self) -> Tensor:
-        return self._unpacked()[0]
-
-    def scales(self) -> Tensor:
-        return marlin_24.order_scales(self.read("scale_packed"))
-
-    def zeros(self) -> Tensor | None:
-        return None
-
-    def weight_problems(self) -> list[str]:
-        problems: list[str] = []
-        with collected(problems):
-            marlin_24.read_places(self.read("meta"), self.name)
-        return problems
-
-    def packed_weight(self, perm: Tensor | None) -> tuple[Tensor, Tensor]:
-        return pack_used(*self._unpacked())
-
-    def _unpacked(self) -> tuple[Tensor, Tensor]:
-        places = marlin_24.read_places(self.read("meta"), self.name)
-        return marlin_24.unpack_weight(self.read("weight_packed"), places)
 
 
 class CompressedTensorsFormat(SourceFormat):

@@ -31,7 +31,7 @@ ALIASES = {
 OTHER_FORMATS = {
     "gptq_p": "the planar packing of GPTQModel",
     "marlin": "the packing of the original Marlin kernel",
-    "marlin_24": "Sparse-Marlin's 2:4 packing; MarlinLinear24.from_marlin_24 reads its tensors",
+    "marlin_24": "the packing of Sparse-Marlin",
     "bitblas": "the packing of BitBLAS",
     "exl": "an ExLlama packing",
     "exl2": "the EXL2 packing of ExLlamaV2",

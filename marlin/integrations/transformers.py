@@ -10,6 +10,9 @@ The layers that ``config.json`` lists become :class:`marlin.MarlinLinear`, or
 :class:`marlin.MarlinLinear24` where they are 2:4 sparse. transformers reads the tensors, one after
 the other, straight to their devices.
 
+After :func:`marlin.replace_linear` in a model of transformers, ``prepare_to_save(model)`` makes
+``save_pretrained`` write such a checkpoint.
+
 Inside ``with repacking():``, checkpoints of other formats are loaded, too, without a conversion::
 
     with marlin.integrations.transformers.repacking():
@@ -28,11 +31,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from marlin._parallel_linear import ParallelLinear
+from marlin._fused_part import FusedPart
+from marlin._packed_linear import PackedLinear
+from marlin._parallel_linear import ParallelLinear, refuse_to_save
 from marlin.examine import Layer
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.detect import METHODS
-from marlin.formats.native import config_for, packed_modules
+from marlin.formats.native import PackedShape, config_for, packed_modules
 from marlin.formats.packed import COMPUTE_DTYPES
 from marlin.integrations._placeholders import (
     check_checkpoint,
@@ -190,12 +195,8 @@ class MarlinQuantizer(HfQuantizer):
         Raises:
             ValueError: the model has a rank's parts of layers, which are no checkpoint.
         """
-        parts = [name for name, m in model.named_modules() if isinstance(m, ParallelLinear)]
-        if parts:
-            raise ValueError(
-                f"save_pretrained: got a model with a rank's part of {parts[0]}; a checkpoint has "
-                "whole layers; save the model before marlin.parallel.parallelize shares them out"
-            )
+        if any(isinstance(module, ParallelLinear) for module in model.modules()):
+            refuse_to_save()  # one that was not put there by marlin.parallel's functions
         return super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call, unused-ignore]
 
     def is_serializable(self) -> bool:
@@ -211,6 +212,39 @@ class MarlinQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The layers are made for ``torch.compile(fullgraph=True)``."""
         return True
+
+
+def prepare_to_save(model: Any) -> None:
+    """Have ``save_pretrained`` of a model with packed layers write what ``from_pretrained`` loads.
+
+    For a model whose layers :func:`marlin.replace_linear` has packed: its configuration does not
+    say so, and without it ``from_pretrained`` would make layers of random weights. A model that
+    ``from_pretrained`` has loaded with packed layers needs no preparation.
+
+    Args:
+        model: a ``PreTrainedModel`` with packed layers, fused or not; its ``config`` gets a
+            ``quantization_config`` that lists them.
+
+    Raises:
+        ValueError: the model has no packed layers, or a rank's parts of some.
+    """
+    if any(isinstance(module, ParallelLinear) for module in model.modules()):
+        refuse_to_save()
+    shapes = {
+        name: PackedShape(m.in_features, m.out_features, m.group_size, m.sparse)
+        for name, m in model.named_modules()
+        if isinstance(m, PackedLinear | FusedPart)
+        and "qweight" not in m._non_persistent_buffers_set
+    }
+    if not shapes:
+        raise ValueError(
+            "model: got one without packed layers; save_pretrained writes it as it is; to pack "
+            "them, call marlin.replace_linear(model) first"
+        )
+    config = MarlinConfig(**config_for(shapes))
+    model.config.quantization_config = config
+    model.hf_quantizer = MarlinQuantizer(config)
+    model.quantization_method = METHOD
 
 
 class RepackingConfig(QuantizationConfigMixin):
@@ -272,22 +306,27 @@ def repacking() -> Iterator[None]:
     """In this block, ``from_pretrained`` loads checkpoints of other formats into packed layers.
 
     They are those that ``marlin convert`` takes, and the layers are what it makes of them:
-    :class:`marlin.MarlinLinear`, or :class:`marlin.MarlinLinear24` for ``marlin-24``. What it
-    refuses is refused in the same words, before a tensor is loaded. ``device_map`` and ``dtype``
-    mean what they mean for a converted checkpoint. transformers puts the tensors to their devices,
-    where one layer after the other is packed: the memory needed on top of the model is that of a
-    layer. ``save_pretrained`` writes a converted checkpoint. A checkpoint whose ``config.json`` has
-    no ``quantization_config`` is taken by transformers for one that is not quantized: convert it.
+    :class:`marlin.MarlinLinear`, or :class:`marlin.MarlinLinear24` where they are stored 2:4
+    sparse. What it refuses is refused in the same words, before a tensor is loaded. ``device_map``
+    and ``dtype`` mean what they mean for a converted checkpoint. transformers puts the tensors to
+    their devices, where one layer after the other is packed: the memory needed on top of the model
+    is that of a layer. ``save_pretrained`` writes a converted checkpoint. A checkpoint whose
+    ``config.json`` has no ``quantization_config`` is taken by transformers for one that is not
+    quantized: convert it.
 
     The block changes what transformers knows of these formats, for all threads; those that enter
     one at the same time wait for each other.
     """
     mapping = AUTO_QUANTIZATION_CONFIG_MAPPING
     with _registry:
-        usual = {method: mapping[method] for method in (*METHODS, METHOD)}
+        usual = {method: mapping.get(method) for method in (*METHODS, METHOD)}
         mapping.update(dict.fromkeys(METHODS, RepackingConfig))
         mapping[METHOD] = _ConfigOfMarlin
         try:
             yield
         finally:
-            mapping.update(usual)
+            for method, kind in usual.items():
+                if kind is None:  # transformers does not know the name
+                    del mapping[method]
+                else:
+                    mapping[method] = kind
