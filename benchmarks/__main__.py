@@ -7,9 +7,16 @@ import sys
 
 import torch
 
-from benchmarks import charts, e2e, gemm, plans, sweep
+from benchmarks import charts, e2e, gemm, options, plans, sweep
 
-COMMANDS = {"gemm": gemm, "plans": plans, "sweep": sweep, "e2e": e2e, "charts": charts}
+COMMANDS = {
+    "gemm": gemm,
+    "plans": plans,
+    "sweep": sweep,
+    "options": options,
+    "e2e": e2e,
+    "charts": charts,
+}
 
 
 def main() -> int:

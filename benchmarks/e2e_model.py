@@ -7,6 +7,7 @@ projection to the vocabulary are fp16, as checkpoints keep them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -112,6 +113,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def choose(logits: Tensor) -> Tensor:
+    """The greedy choice of ``[batch, vocab]``, part by part: ``argmax`` of one long row takes 36 us
+    on an H200, since one multiprocessor does it."""
+    parts = math.gcd(logits.size(-1), 64)
+    best, at = logits.unflatten(-1, (parts, -1)).max(dim=-1)
+    part = best.argmax(dim=-1, keepdim=True)
+    return (part * (logits.size(-1) // parts) + at.gather(-1, part)).squeeze(-1)
+
+
 @dataclass(frozen=True)
 class Pieces:
     """What lies between the matrix products and the attention: as it is, or compiled."""
@@ -119,9 +129,10 @@ class Pieces:
     add_norm: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rotate_and_store: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
+    choose: Callable[[Tensor], Tensor]
 
 
-PLAIN = Pieces(add_norm, rotate_and_store, swiglu)
+PLAIN = Pieces(add_norm, rotate_and_store, swiglu, choose)
 
 
 def compiled_pieces() -> Pieces:
@@ -134,6 +145,7 @@ def compiled_pieces() -> Pieces:
         torch.compile(add_norm, fullgraph=True),
         torch.compile(rotate_and_store, fullgraph=True),
         torch.compile(swiglu, fullgraph=True),
+        torch.compile(choose, fullgraph=True),
     )
 
 

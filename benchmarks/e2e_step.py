@@ -57,7 +57,7 @@ class Step:
 
     def __call__(self, pieces: Pieces) -> None:
         self.logits = self.model(self.tokens, self.positions, self.cache, pieces)
-        self.next_tokens = self.logits.argmax(dim=-1)
+        self.next_tokens = pieces.choose(self.logits)
 
     def take_result(self) -> list[Tensor]:
         """The logits, and the last keys and values of every layer, which it wipes: a step that does
