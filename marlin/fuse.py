@@ -60,10 +60,10 @@ def fuse(model: nn.Module, *, groups: Iterable[Sequence[str]] | None = None) -> 
     output features. So are the rank's parts of layers that :class:`marlin.parallel.Column` shares
     out, where that holds on every rank: every rank must call this. Left as they are, with the
     reason in the report: others; layers that have hooks or a forward of their own, or are in
-    several places of the model. Layers with adapters of peft are not looked at. One
-    group at a time is copied, then its old tensors are dropped. A ``forward`` that is replaced
-    later is not read again. Give ``torch.compile`` the whole model: given just the module whose
-    layers are fused, with ``fullgraph=True``, torch 2.15 has each of them run the whole GEMM.
+    several places of the model. Layers with adapters of peft are not looked at. One group at a time
+    is copied, then its old tensors are dropped. A ``forward`` that is replaced later is not read
+    again. Give ``torch.compile`` the whole model: given just the module whose layers are fused,
+    with ``fullgraph=True``, torch 2.15 has each of them run the whole GEMM.
 
     Args:
         model: any module with packed layers; changed in place. Fusing again changes nothing.
