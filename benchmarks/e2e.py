@@ -33,11 +33,10 @@ METHOD = (
     "norms, rotary positions, SwiGLU and the choice are {pieces} in every variant; a step is one "
     "CUDA graph and ends with the greedy choice of the next token; ms: median of 7 replays, each "
     "timed by itself, one after the other after one rest; sustained_ms, of decode: median of 7 "
-    "windows "
-    "of 10 ms of replays (one replay where it takes longer) after 3; ms of prefill is the time to "
-    "the first token; peak_bytes: the most memory that torch had allocated while the step was "
-    "captured and replayed: weights, the cache of that batch, activations, workspaces; error: of "
-    "the graph's logits, and of the keys and values that the step writes, against the same step "
+    "windows of 10 ms of replays (one replay where it takes longer) after 3; ms of prefill is the "
+    "time to the first token; peak_bytes: the most memory that torch had allocated while the step "
+    "was captured and replayed: weights, the cache of that batch, activations, workspaces; error: "
+    "of the graph's logits, and of the keys and values that the step writes, against the same step "
     "without torch.compile and graph, relative"
 )
 
