@@ -172,10 +172,11 @@ def again(device: str) -> None:
 
 
 def compiled(device: str) -> None:
+    """As part of a model: see test_fuse_torch.py on the owner by itself."""
     fused, _ = fused_and_not(device)
     x = inputs(device=device)
     with torch.no_grad():
-        model, counts = compiled_with_count(fused, "aot_eager")
+        model, counts = compiled_with_count(nn.Sequential(fused), "aot_eager")
         assert_alike(model(x), fused(x))
     assert counts == [2]
 
