@@ -187,7 +187,7 @@ class MarlinQuantizer(HfQuantizer):
                 "offload_buffers=True"
             )
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> Any:
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Called by ``save_pretrained``, before it writes.
 
         Raises:
@@ -232,6 +232,20 @@ def prepare_to_save(model: Any) -> None:
         ValueError: the model has no packed layers, a rank's parts of some, or layers of another
             quantization method of transformers; it is unchanged.
     """
+    _check_can_be_prepared(model)
+    shapes = packed_layers(model)
+    if not shapes:
+        raise ValueError(
+            "model: got one without packed layers; save_pretrained writes it as it is; to pack "
+            "them, call marlin.replace_linear(model) first"
+        )
+    config = MarlinConfig(**config_for(shapes))
+    model.config.quantization_config = config
+    model.hf_quantizer = MarlinQuantizer(config)
+    model.quantization_method = METHOD
+
+
+def _check_can_be_prepared(model: Any) -> None:
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(
             f"model: got {type(model).__name__}; it must be a PreTrainedModel of transformers; "
@@ -246,16 +260,6 @@ def prepare_to_save(model: Any) -> None:
             "layers a checkpoint of packed layers cannot hold; load the model unquantized, "
             "and pack its layers with marlin.replace_linear(model)"
         )
-    shapes = packed_layers(model)
-    if not shapes:
-        raise ValueError(
-            "model: got one without packed layers; save_pretrained writes it as it is; to pack "
-            "them, call marlin.replace_linear(model) first"
-        )
-    config = MarlinConfig(**config_for(shapes))
-    model.config.quantization_config = config
-    model.hf_quantizer = MarlinQuantizer(config)
-    model.quantization_method = METHOD
 
 
 class RepackingConfig(QuantizationConfigMixin):
