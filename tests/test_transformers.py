@@ -318,6 +318,27 @@ def test_layers_that_have_changed_since(tmp_path: Path, loaded: bool) -> None:
     assert_equal_states(load(tmp_path / "saved"), model)
 
 
+def test_names_that_were_others_once(tmp_path: Path) -> None:
+    """A Llava's layers have other names than in the checkpoints that it was published with."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(intermediate_size=128, vocab_size=72, **sizes)
+    vision = transformers.CLIPVisionConfig(
+        intermediate_size=64, image_size=28, patch_size=14, **sizes
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=70)
+    model = transformers.LlavaForConditionalGeneration(config).half()
+    layer = "model.language_model.layers.0.mlp.up_proj"
+    marlin.replace_linear(model, skip=("lm_head", "*.gate_proj"))
+    integration.prepare_to_save(model)
+    for folder in (tmp_path / "saved", tmp_path / "again"):
+        model.save_pretrained(folder)
+        assert f"{layer}.qweight" in read_all(folder)
+        again = type(model).from_pretrained(folder)
+        assert type(again.get_submodule(layer)) is MarlinLinear
+        assert_equal_states(again, model)
+        model = again
+
+
 def test_an_fp32_model_is_not_saved(tmp_path: Path) -> None:
     model = load(DEMO / "fp16", dtype=torch.float32)
     marlin.replace_linear(model)  # in fp16, whatever the others are

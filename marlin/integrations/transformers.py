@@ -64,6 +64,7 @@ if int(transformers.__version__.partition(".")[0]) < LEAST_VERSION:
         f"{transformers.__version__}: pip install -U transformers, or use marlin.load"
     )
 
+from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
 from transformers.quantizers.auto import (  # noqa: E402
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -198,7 +199,19 @@ class MarlinQuantizer(HfQuantizer):
         check_no_parts(model)  # one that was not put there by marlin.parallel's functions
         if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters only are written
             check_loads_again(model, model.dtype, self.quantization_config.modules)
+            self._keep_names(model)
         return super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call, unused-ignore]
+
+    def _keep_names(self, model: Any) -> None:
+        """Have layers written under the names that the configuration lists, those in the model.
+
+        Models that have been rearranged, as those of text and images were, are saved under their
+        older names otherwise: ``save_original_format`` of ``save_pretrained``.
+        """
+        names = [f"{name}.qweight" for name in self.quantization_config.modules]
+        older = revert_weight_conversion(model, {name: torch.empty(0) for name in names})
+        if older.keys() != set(names):
+            model._weight_conversions = []  # what it would revert
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the tensors as they are, and this configuration."""
