@@ -345,8 +345,11 @@ def test_an_fp32_model_is_not_saved(tmp_path: Path) -> None:
     integration.prepare_to_save(model)
     with pytest.raises(ValueError, match=r"got a model in torch\.float32.*model\.to\(torch"):
         model.save_pretrained(tmp_path / "saved")
+    assert list((tmp_path / "saved").iterdir()) == []
     model.half().save_pretrained(tmp_path / "saved")
     assert_equal_states(load(tmp_path / "saved"), model)
+    model.model.norm.float()  # as some models keep a few parameters
+    model.save_pretrained(tmp_path / "mixed")
 
 
 def test_adapters_alone_are_saved(tmp_path: Path) -> None:
@@ -357,6 +360,8 @@ def test_adapters_alone_are_saved(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     assert not list((tmp_path / "adapter").glob("model*"))
     assert list((tmp_path / "adapter").glob("adapter*"))
+    with pytest.raises(ValueError, match=r"an adapter around model\.layers\.0\..*q_proj; adapters"):
+        integration.prepare_to_save(model)
 
 
 def test_what_cannot_be_prepared_to_be_saved() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
 from torch import nn
 
 from marlin._fused_part import FusedPart
@@ -30,11 +29,11 @@ def check_no_parts(model: nn.Module) -> None:
         refuse_to_save()
 
 
-def check_loads_again(model: nn.Module, dtype: torch.dtype, listed: Collection[str]) -> None:
-    """Refuse a model of ``dtype`` that ``from_pretrained`` could not load by its configuration.
+def check_loads_again(model: nn.Module, listed: Collection[str]) -> None:
+    """Refuse a model that ``from_pretrained`` could not load by its configuration.
 
     Raises:
-        ValueError: the packed layers are others than those ``listed``, or cannot be of ``dtype``.
+        ValueError: the packed layers are others than those ``listed``, or all else is fp32.
     """
     packed = packed_layers(model)
     for one, other, what in (
@@ -49,9 +48,11 @@ def check_loads_again(model: nn.Module, dtype: torch.dtype, listed: Collection[s
                 "and nothing has been written; call "
                 "marlin.integrations.transformers.prepare_to_save(model) first"
             )
-    if dtype not in COMPUTE_DTYPES:
+    # Some models keep a few parameters in fp32.
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtypes and dtypes.isdisjoint(COMPUTE_DTYPES):
         raise ValueError(
-            f"save_pretrained: got a model in {dtype}; with packed layers it is loaded in "
-            "torch.float16 or torch.bfloat16, and nothing has been written; call "
+            f"save_pretrained: got a model in {', '.join(map(str, dtypes))}; with packed layers it "
+            "is loaded in torch.float16 or torch.bfloat16, and nothing has been written; call "
             "model.to(torch.float16) or model.to(torch.bfloat16) first"
         )

@@ -198,7 +198,7 @@ class MarlinQuantizer(HfQuantizer):
         """
         check_no_parts(model)  # one that was not put there by marlin.parallel's functions
         if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters only are written
-            check_loads_again(model, model.dtype, self.quantization_config.modules)
+            check_loads_again(model, self.quantization_config.modules)
             self._keep_names(model)
         return super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call, unused-ignore]
 
@@ -242,8 +242,8 @@ def prepare_to_save(model: Any) -> None:
 
     Raises:
         TypeError: the model is another module, such as one of peft, which saves adapters only.
-        ValueError: the model has no packed layers, a rank's parts of some, or layers of another
-            quantization method of transformers; it is unchanged.
+        ValueError: the model has no packed layers, a rank's parts of some, adapters around some,
+            or layers of another quantization method of transformers; it is unchanged.
     """
     _check_can_be_prepared(model)
     shapes = packed_layers(model)
@@ -251,6 +251,13 @@ def prepare_to_save(model: Any) -> None:
         raise ValueError(
             "model: got one without packed layers; save_pretrained writes it as it is; to pack "
             "them, call marlin.replace_linear(model) first"
+        )
+    ends = ".base_layer"
+    adapted = next((name.removesuffix(ends) for name in shapes if name.endswith(ends)), "")
+    if adapted:
+        raise ValueError(
+            f"model: got one with an adapter around {adapted}; adapters are saved without the "
+            "model; prepare and save it before it gets them, or after peft's unload()"
         )
     config = MarlinConfig(**config_for(shapes))
     model.config.quantization_config = config
