@@ -150,10 +150,10 @@ def _check_groups(model: nn.Module, groups: Iterable[Sequence[str]]) -> list[tup
 
 
 def _writes_nothing(child: nn.Module | None) -> bool:
-    """Whether a call of a child is known to leave its input alone."""
-    if child is None or type(child) not in HARMLESS:
-        return False
-    return not any(map(reason_of_instance, child.modules()))
+    """Whether a call of a child, and of what it has inside, is known to leave its input alone."""
+    return child is not None and all(
+        type(module) in HARMLESS and not reason_of_instance(module) for module in child.modules()
+    )
 
 
 def _packed(child: nn.Module | None) -> PackedLinear | None:

@@ -161,6 +161,29 @@ def leaves(device: str) -> None:
     assert [layer.name for layer in report.skipped if "it has hooks" in layer.reason] == ["q", "k"]
 
 
+class Doubling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+class DoublesBetween(Projections):
+    def forward(self, x: Tensor) -> Any:
+        q = self.q(x)
+        doubled = self.o(x)
+        return q, self.k(x), doubled
+
+
+def inputs_written(device: str) -> None:
+    """What was put in place of a rank's part may do anything to its input."""
+    plan = {name: Column() for name in "qkvo"}
+    model = parallelize(DoublesBetween(), plan).to(device)
+    model.o.layer = Doubling()
+    plain = copy.deepcopy(model)
+    assert marlin.fuse(model).fused == []
+    with torch.no_grad():
+        assert_alike(model(inputs(device=device)), plain(inputs(device=device)))
+
+
 def again(device: str) -> None:
     """A second plan leaves fused parts alone, and unfuse says what it would lose."""
     fused, _ = fused_and_not(device, plan={name: Column() for name in "qkv"})
@@ -187,7 +210,7 @@ def test_results(ranks: Ranks, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "check", [gathered, gradients, states, decides_alike, leaves, again, compiled]
+    "check", [gathered, gradients, states, decides_alike, leaves, inputs_written, again, compiled]
 )
 def test_fused_parts(ranks: Ranks, check: Any) -> None:
     ranks.call(check)

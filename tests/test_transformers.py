@@ -295,8 +295,84 @@ def test_replaced_layers_are_saved(tmp_path: Path, sparse: bool, fused: bool) ->
     assert_equal_states(load(tmp_path / "again"), model)
 
 
-def test_what_cannot_be_prepared_to_be_saved() -> None:
+@pytest.mark.parametrize("loaded", [False, True])
+def test_layers_that_have_changed_since(tmp_path: Path, loaded: bool) -> None:
     model = load(DEMO / "fp16", dtype=torch.float16)
+    marlin.replace_linear(model, skip=("lm_head", "*.layers.1.*"))
+    integration.prepare_to_save(model)
+    if loaded:
+        model.save_pretrained(tmp_path / "loaded")
+        model = load(tmp_path / "loaded")
+    plain = model.model.layers[1].mlp.up_proj
+    marlin.replace_linear(model)
+    refused = r"layers\.1\..* is packed, and not listed.*prepare_to_save\(model\)"
+    with pytest.raises(ValueError, match=refused):
+        model.save_pretrained(tmp_path / "saved")
+    integration.prepare_to_save(model)
+    model.model.layers[1].mlp.up_proj = plain
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is not packed, but listed"):
+        model.save_pretrained(tmp_path / "saved")
+    assert list((tmp_path / "saved").iterdir()) == []
+    integration.prepare_to_save(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert_equal_states(load(tmp_path / "saved"), model)
+
+
+def test_names_that_were_others_once(tmp_path: Path) -> None:
+    """A Llava's layers have other names than in the checkpoints that it was published with."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(intermediate_size=128, vocab_size=72, **sizes)
+    vision = transformers.CLIPVisionConfig(
+        intermediate_size=64, image_size=28, patch_size=14, **sizes
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=70)
+    model = transformers.LlavaForConditionalGeneration(config).half()
+    layer = "model.language_model.layers.0.mlp.up_proj"
+    marlin.replace_linear(model, skip=("lm_head", "*.gate_proj"))
+    integration.prepare_to_save(model)
+    for folder in (tmp_path / "saved", tmp_path / "again"):
+        model.save_pretrained(folder)
+        assert f"{layer}.qweight" in read_all(folder)
+        again = type(model).from_pretrained(folder)
+        assert type(again.get_submodule(layer)) is MarlinLinear
+        assert_equal_states(again, model)
+        model = again
+
+
+def test_an_fp32_model_is_not_saved(tmp_path: Path) -> None:
+    model = load(DEMO / "fp16", dtype=torch.float32)
+    marlin.replace_linear(model)  # in fp16, whatever the others are
+    integration.prepare_to_save(model)
+    with pytest.raises(ValueError, match=r"got a model in torch\.float32.*model\.to\(torch"):
+        model.save_pretrained(tmp_path / "saved")
+    assert list((tmp_path / "saved").iterdir()) == []
+    model.half().save_pretrained(tmp_path / "saved")
+    assert_equal_states(load(tmp_path / "saved"), model)
+    model.model.norm.float()  # as some models keep a few parameters
+    model.save_pretrained(tmp_path / "mixed")
+
+
+def test_adapters_alone_are_saved(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    import_module("marlin.integrations.peft")
+    model = load(write_llama(tmp_path / "dst").directory)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("model*"))
+    assert list((tmp_path / "adapter").glob("adapter*"))
+    with pytest.raises(ValueError, match=r"an adapter around model\.layers\.0\..*q_proj; adapters"):
+        integration.prepare_to_save(model)
+
+
+def test_what_cannot_be_prepared_to_be_saved() -> None:
+    with pytest.raises(TypeError, match="model: got Sequential; it must be a PreTrainedModel"):
+        integration.prepare_to_save(nn.Sequential(MarlinLinear(64, 64)))
+    model = load(DEMO / "fp16", dtype=torch.float16)
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model.hf_quantizer = transformers.quantizers.AutoHfQuantizer.from_config(config)
+    with pytest.raises(ValueError, match="Bnb8BitHfQuantizer of transformers has quantized"):
+        integration.prepare_to_save(model)
+    del model.hf_quantizer
     with pytest.raises(ValueError, match=r"without packed layers.*marlin\.replace_linear"):
         integration.prepare_to_save(model)
     marlin.replace_linear(model)

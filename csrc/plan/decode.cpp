@@ -70,8 +70,8 @@ double estimated_us(const DecodePlan& plan) {
   return 2 + of_cluster / plan.cluster * columns / 1024 * per_1024_columns * sparse;
 }
 
-// Whether a kernel for many tokens is worth a look. Several token tiles only of layers that are not wide:
-// these are bound by power, and slower than the model says (28672 x 4096, M = 384: 141 us, the prefill kernel
+// Whether a kernel for many tokens is worth a look. Several token tiles only of layers that are not wide: wide
+// ones are bound by power, and slower than the model says (28672 x 4096, M = 384: 141 us, the prefill kernel
 // 130; H200).
 bool suits(const DecodeKernel& kernel, const Problem& p) {
   constexpr int64_t kMost = 384, kWide = 16384;

@@ -31,13 +31,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from marlin._fused_part import FusedPart
-from marlin._packed_linear import PackedLinear
-from marlin._parallel_linear import ParallelLinear, refuse_to_save
 from marlin.examine import Layer
 from marlin.formats.checkpoint import CheckpointError
 from marlin.formats.detect import METHODS
-from marlin.formats.native import PackedShape, config_for, packed_modules
+from marlin.formats.native import config_for, packed_modules
 from marlin.formats.packed import COMPUTE_DTYPES
 from marlin.integrations._placeholders import (
     check_checkpoint,
@@ -48,6 +45,7 @@ from marlin.integrations._placeholders import (
     place_empty_layers,
 )
 from marlin.integrations._repacking import open_source, pack_layers, source_linears
+from marlin.integrations._saving import check_loads_again, check_no_parts, packed_layers
 
 # Before it, a quantizer is not told which files are loaded, and so not which layers have zero
 # points, an order or a bias.
@@ -66,6 +64,7 @@ if int(transformers.__version__.partition(".")[0]) < LEAST_VERSION:
         f"{transformers.__version__}: pip install -U transformers, or use marlin.load"
     )
 
+from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
 from transformers.quantizers.auto import (  # noqa: E402
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -189,15 +188,30 @@ class MarlinQuantizer(HfQuantizer):
                 "offload_buffers=True"
             )
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> Any:
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Called by ``save_pretrained``, before it writes.
 
         Raises:
-            ValueError: the model has a rank's parts of layers, which are no checkpoint.
+            ValueError: ``from_pretrained`` could not load what would be written: the model has a
+                rank's parts of layers, other packed layers than its configuration lists, or another
+                dtype than theirs may be.
         """
-        if any(isinstance(module, ParallelLinear) for module in model.modules()):
-            refuse_to_save()  # one that was not put there by marlin.parallel's functions
+        check_no_parts(model)  # one that was not put there by marlin.parallel's functions
+        if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters only are written
+            check_loads_again(model, self.quantization_config.modules)
+            self._keep_names(model)
         return super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call, unused-ignore]
+
+    def _keep_names(self, model: Any) -> None:
+        """Have layers written under the names that the configuration lists, those in the model.
+
+        Models that have been rearranged, as those of text and images were, are saved under their
+        older names otherwise: ``save_original_format`` of ``save_pretrained``.
+        """
+        names = [f"{name}.qweight" for name in self.quantization_config.modules]
+        older = revert_weight_conversion(model, {name: torch.empty(0) for name in names})
+        if older.keys() != set(names):
+            model._weight_conversions = []  # what it would revert
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes the tensors as they are, and this configuration."""
@@ -219,32 +233,53 @@ def prepare_to_save(model: Any) -> None:
 
     For a model whose layers :func:`marlin.replace_linear` has packed: its configuration does not
     say so, and without it ``from_pretrained`` would make layers of random weights. A model that
-    ``from_pretrained`` has loaded with packed layers needs no preparation.
+    ``from_pretrained`` has loaded with packed layers needs no preparation, unless others are packed
+    or unpacked since: ``save_pretrained`` refuses it then.
 
     Args:
         model: a ``PreTrainedModel`` with packed layers, fused or not; its ``config`` gets a
             ``quantization_config`` that lists them.
 
     Raises:
-        ValueError: the model has no packed layers, or a rank's parts of some.
+        TypeError: the model is another module, such as one of peft, which saves adapters only.
+        ValueError: the model has no packed layers, a rank's parts of some, adapters around some,
+            or layers of another quantization method of transformers; it is unchanged.
     """
-    if any(isinstance(module, ParallelLinear) for module in model.modules()):
-        refuse_to_save()
-    shapes = {
-        name: PackedShape(m.in_features, m.out_features, m.group_size, m.sparse)
-        for name, m in model.named_modules()
-        if isinstance(m, PackedLinear | FusedPart)
-        and "qweight" not in m._non_persistent_buffers_set
-    }
+    _check_can_be_prepared(model)
+    shapes = packed_layers(model)
     if not shapes:
         raise ValueError(
             "model: got one without packed layers; save_pretrained writes it as it is; to pack "
             "them, call marlin.replace_linear(model) first"
         )
+    ends = ".base_layer"
+    adapted = next((name.removesuffix(ends) for name in shapes if name.endswith(ends)), "")
+    if adapted:
+        raise ValueError(
+            f"model: got one with an adapter around {adapted}; adapters are saved without the "
+            "model; prepare and save it before it gets them, or after peft's unload()"
+        )
     config = MarlinConfig(**config_for(shapes))
     model.config.quantization_config = config
     model.hf_quantizer = MarlinQuantizer(config)
     model.quantization_method = METHOD
+
+
+def _check_can_be_prepared(model: Any) -> None:
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(
+            f"model: got {type(model).__name__}; it must be a PreTrainedModel of transformers; "
+            "save another module by its state_dict(), and pass the model that an adapter is for "
+            "before it gets it"
+        )
+    check_no_parts(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, MarlinQuantizer):
+        raise ValueError(
+            f"model: got one that {type(quantizer).__name__} of transformers has quantized; its "
+            "layers a checkpoint of packed layers cannot hold; load the model unquantized, "
+            "and pack its layers with marlin.replace_linear(model)"
+        )
 
 
 class RepackingConfig(QuantizationConfigMixin):
