@@ -23,7 +23,13 @@ from marlin.parallel import Row, RowParallelMarlinLinear, parallelize
 transformers = pytest.importorskip("transformers", minversion="5.0")
 integration = import_module("marlin.integrations.transformers")
 
-from tiny_llama import TOKENS, assert_equal_states, exact_model, write_llama  # noqa: E402
+from tiny_llama import (  # noqa: E402
+    TOKENS,
+    add_adapter,
+    assert_equal_states,
+    exact_model,
+    write_llama,
+)
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 DEMO = Path(__file__).parent / "data" / "demo"
@@ -356,7 +362,7 @@ def test_adapters_alone_are_saved(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     import_module("marlin.integrations.peft")
     model = load(write_llama(tmp_path / "dst").directory)
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    add_adapter(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
     assert not list((tmp_path / "adapter").glob("model*"))
     assert list((tmp_path / "adapter").glob("adapter*"))
