@@ -50,6 +50,8 @@ struct DecodeShape {
   static constexpr int kSumStride = kTile.sum_stride(), kSumsAt = kTile.sums_at(kPeriod);
   static constexpr int kReceivedAt = kTile.received_at(kPeriod);
   static constexpr int kBarriersAt = kTile.barriers_at(kPeriod);
+  // A group's sum is scaled at the end of its stage; scaled weights need no end of a group.
+  static_assert(kScalesWeights || kTile.stage_k() >= kPeriod);
   static_assert(kStages > 0 && kStages % kSplits == 0);
   static_assert(kInputStages > 0 && kInputStages % kSplits == 0);
   static_assert(kStages <= plan::DecodeTile::kMostStages);
