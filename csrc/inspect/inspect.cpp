@@ -93,7 +93,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["row_tiles"] = decode->row_tiles;
     out["token_tiles"] = decode->token_tiles;
     out["stages_per_tile"] = decode->stages;
-    out["workspace_bytes"] = 0;
+    out["workspace_bytes"] = decode->partial_bytes();
     return out;
   }
   if (const auto prefill = plan::select_prefill(problem)) {

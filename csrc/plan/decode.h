@@ -51,6 +51,7 @@ struct DecodeTile {
   constexpr int pass_tokens() const { return tokens / passes(); }
   constexpr int sum_stride() const { return rows() + 4; }
   constexpr int sum_bytes() const { return splits * pass_tokens() * sum_stride() * 4; }
+  constexpr int partial_floats() const { return tokens * rows(); }
   constexpr int received_bytes() const { return tokens * rows() / 2 * 4; }
   constexpr int sums_at(int period) const {
     return zeros_at(period) + stages(period) * zero_bytes(period);
@@ -58,6 +59,10 @@ struct DecodeTile {
   constexpr int received_at(int period) const { return sums_at(period) + sum_bytes(); }
   constexpr int barriers_at(int period) const { return received_at(period) + received_bytes(); }
   constexpr int shared_bytes(int period) const { return barriers_at(period) + kBarrierBytes; }
+
+  // While a block does so many stages, one warp has stored a tile. (100 cycles for every 32 x 4 sums; memory
+  // gives a multiprocessor of an H200 19 bytes a cycle.)
+  constexpr int stages_to_store() const { return tokens * rows() * 15 / weight_bytes() + 1; }
 
   // As many stages of weights as fit, a multiple of the splits: a slot must always be the same split's.
   static constexpr int kSharedBytes = 228 * 1024;  // of a multiprocessor
@@ -88,36 +93,75 @@ struct DecodeKernel {
 // Of decode_table.inc, or of decode_24_table.inc.
 std::span<const DecodeKernel> decode_kernels(bool sparse = false);
 
-// How a launch deals out its tiles: clusters of one block or two get runs of neighbouring tiles, equal
-// but for one. The division is done here, on the host: on the device it would hold up the first copy.
-struct DecodeDeal {
-  int cluster;     // blocks: 1 or 2
-  int each, more;  // tiles of every cluster, and how many clusters get one more
+// Divides by a number that only the host knows: on the device a division would hold up the first copy.
+struct Divisor {
+  uint64_t inverse;  // of the number, in 2^-64
 
-  static constexpr DecodeDeal of(int blocks, int cluster, int tiles) {
-    const int clusters = blocks / cluster;
-    return {cluster, tiles / clusters, tiles % clusters};
+  static constexpr Divisor of(int number) { return {~uint64_t{0} / static_cast<uint64_t>(number)}; }
+  constexpr int quotient(int value) const {  // value >= 0
+    const uint64_t next = static_cast<uint64_t>(value) + 1;
+    return static_cast<int>((((inverse & 0xffffffffu) * next >> 32) + (inverse >> 32) * next) >>
+                            32);
   }
 };
 
-// The tiles of one block: equal parts of its cluster's run. Where one tile is left over, a pair shares
-// it: the first block does the first half of its k, and the other the rest.
-struct DecodeShare {
-  int first, whole;  // tiles first .. first + whole - 1
-  int shared;        // the shared tile, done before them; -1: none
-  int rank;          // of the block in its cluster
+// How a launch deals out its work. The stages of all tiles are numbered, k fastest, and every block gets
+// a run of them. Clusters of two blocks get equal numbers of tiles but for one, and halve them; blocks
+// alone get equal numbers of stages but for one.
+struct DecodeDeal {
+  int cluster;     // blocks: 1 or 2
+  int stages;      // of a tile
+  int each, more;  // tiles of every pair, or stages of every block, and how many get one more
+  Divisor by_stages;
 
-  static constexpr DecodeShare of(const DecodeDeal& deal, int block) {
-    const int log2 = deal.cluster - 1;  // of 1 or 2: also the mask of what a division leaves
-    const int at = block >> log2, rank = block & log2;
-    const int begin = at * deal.each + (at < deal.more ? at : deal.more);
-    const int count = deal.each + (at < deal.more), whole = count >> log2;
-    return {begin + rank * whole, whole, count & log2 ? begin + count - 1 : -1, rank};
+  static constexpr DecodeDeal of(int blocks, int cluster, int tiles, int stages) {
+    const int units = cluster == 1 ? tiles * stages : tiles, shares = blocks / cluster;
+    return {cluster, stages, units / shares, units % shares, Divisor::of(stages)};
   }
-  // A half of the stages of a shared tile.
-  constexpr int first_shared_stage(int stages) const { return rank == 0 ? 0 : (stages + 1) / 2; }
-  constexpr int shared_stages(int stages) const {
-    return rank == 0 ? (stages + 1) / 2 : stages / 2;
+  constexpr int begin(int share) const { return share * each + (share < more ? share : more); }
+  constexpr bool shares_tiles() const {
+    return cluster > 1 ? each % 2 || more : each % stages || more;
+  }
+};
+
+// The run of one block: stages begin .. end - 1 of all.
+//
+// A shared tile comes first in both blocks of a pair, so that what they send each other is there in time.
+// Of blocks alone the one with the tile's last stages waits for the others, and does it last, and the
+// others do it first. They are blocks of lower numbers, which are started before it.
+struct DecodeRun {
+  int begin, end;
+  int tile, tiles;  // the one done first, and how many
+
+  // Whether tiles follow in rising order, otherwise in falling order.
+  static constexpr bool rises(const DecodeDeal& deal, int block) {
+    return (block & (deal.cluster - 1)) != 0;
+  }
+
+  static constexpr DecodeRun of(const DecodeDeal& deal, int block) {
+    const int share = block >> (deal.cluster - 1);
+    DecodeRun run{deal.begin(share), deal.begin(share + 1), 0, 0};
+    if (deal.cluster == 2) {
+      run.begin *= deal.stages, run.end *= deal.stages;
+      const int middle = run.begin + (run.end - run.begin + 1) / 2;
+      (rises(deal, block) ? run.begin : run.end) = middle;
+    }
+    if (run.begin == run.end) return run;
+    const int first = deal.by_stages.quotient(run.begin);
+    const int last = deal.by_stages.quotient(run.end - 1);
+    run.tiles = last - first + 1;
+    run.tile = rises(deal, block) ? first : last;
+    return run;
+  }
+
+  // Of a tile.
+  constexpr int first_stage(int tile, int stages) const {
+    const int first = begin - tile * stages;
+    return first > 0 ? first : 0;
+  }
+  constexpr int end_stage(int tile, int stages) const {
+    const int last = end - tile * stages;
+    return last < stages ? last : stages;
   }
 };
 
@@ -126,11 +170,20 @@ struct DecodePlan {
   int period;  // columns between scales: 32, 64, or 128 for all longer groups
   int row_tiles, token_tiles;
   int stages;   // of a tile
-  int cluster;  // 2: pairs of blocks that may share a tile; 1: launched without clusters
+  int cluster;  // 2: pairs of blocks share tiles; 1: blocks share them over global memory
   int blocks;
   // Of weights, with static_weights: copied while the kernel before may still run, and those of them that
   // are asked for at the very start of a block.
   int early_stages, first_stages;
+
+  constexpr DecodeDeal deal() const {
+    return DecodeDeal::of(blocks, cluster, row_tiles * token_tiles, stages);
+  }
+  // For every block the sums of a part of a tile, and for each pass a flag that says that they are there.
+  constexpr int64_t partial_bytes() const {
+    if (cluster > 1 || !deal().shares_tiles()) return 0;
+    return int64_t{blocks} * (kernel.tile.partial_floats() * 4 + kernel.tile.passes() * 8);
+  }
 };
 
 // Nothing where another kernel is to run: with many tokens, or on a device or build without wgmma.

@@ -123,6 +123,18 @@ __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
+// --- between blocks -------------------------------------------------------------------------------
+
+// What this thread wrote, or saw written, before store_release() is seen by whoever has seen `value`.
+__device__ __forceinline__ void store_release(uint64_t* to, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* from) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+
 // --- clusters -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void cluster_sync() {

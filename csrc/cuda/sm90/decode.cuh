@@ -12,8 +12,8 @@
 // scales and zero points, one of activations; kRowTiles * kSplits consumer warpgroups convert and
 // multiply, and take turns at stages: stage i belongs to split i % kSplits. They leave their sums in
 // shared memory and go on with the next tile, while a finisher warp adds the splits in order and
-// stores; those of the last tile they add and store themselves. Pairs of blocks share a tile where the
-// tiles do not go round (plan::DecodeShare).
+// stores; those of the last tile they add and store themselves. Where the tiles do not go round, pairs of
+// blocks, or any neighbours, share some (plan::DecodeDeal).
 //
 // Programmatic dependent launch: with `static_weights` the producers fill the ring with weights while
 // the previous kernel still runs; activations are read, and outputs written, only after it has
@@ -31,22 +31,26 @@
 
 namespace marlin::cuda::sm90 {
 
-// Stores all tiles but the block's last, which the consumers store.
+// Stores the tiles that the consumers do not, and waits for what other blocks leave.
 template <typename Element, typename S>
 __device__ void finish_tiles(const DecodeParams<Element>& p, uint32_t base,
                              const DecodeBarriers<S>& barriers) {
+  const DecodeFinish<Element, S> finish{p, base};
+  DecodeCursor<Element, S> work(p);
   int parity = 0;
 #pragma unroll 1
-  for (DecodeCursor<Element, S> work(p); work.valid() && !work.last(); work.advance()) {
+  for (; work.left > 1; work.advance()) {
 #pragma unroll 1
     for (int pass = 0; pass < S::kPasses; ++pass) {
       ptx::mbarrier_wait(barriers.sums_full(), parity);
-      DecodeFinish<Element, S>{p, base}.template run<32>(work, pass,
-                                                         static_cast<int>(threadIdx.x) % 32);
+      if (!work.consumers_store()) {
+        finish.template run<32>(work, pass, static_cast<int>(threadIdx.x) % 32);
+      }
       ptx::mbarrier_arrive(barriers.sums_free());
       parity ^= 1;
     }
   }
+  if (work.valid() && work.gathers() && ptx::elect_one()) finish.await_partials(work);
 }
 
 template <typename Element, typename S>

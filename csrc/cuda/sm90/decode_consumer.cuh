@@ -32,22 +32,24 @@ struct DecodeConsumer {
     return packed;
   }
 
-  static constexpr int kPassStored = 3;  // a barrier of the block
+  static constexpr int kStored = 3;  // a barrier of the block
+  static constexpr bool kStoreOften = S::kPasses > 1 || S::kTile.stages_to_store() > 1;
 
   // This split's stages: every kSplits-th of all that the block does.
   __device__ void run() {
     const DecodeBarriers<S> barriers = place.barriers();
-    int next = place.split, end = 0, parity = 0;
+    int left = -place.split, parity = 0;  // stages of the tile from this split's next one on
+    bool stored = false;                  // the sums that were left before, by the consumers
 #pragma unroll 1
     for (DecodeCursor<Element, S> work(p); work.valid(); work.advance()) {
-      end += work.stages();
+      left += work.stages();
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
       if constexpr (S::kScalesWeights) {
-        next = multiply_scaled(next, end);
+        left = multiply_scaled(left);
       } else {
 #pragma unroll 1
-        for (; next < end; next += S::kSplits) {
+        for (; left > 0; left -= S::kSplits) {
           place.wait_for_weights();
           multiply();
           place.release();
@@ -56,14 +58,12 @@ struct DecodeConsumer {
       }
 #pragma unroll
       for (int pass = 0; pass < S::kPasses; ++pass) {
-        if (work.last() && pass > 0) {
-          ptx::barrier_sync<kPassStored, S::kConsumers>();
-        } else {
-          ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
-        }
+        if (pass == 0 || !work.last()) ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
+        if (kStoreOften && stored) ptx::barrier_sync<kStored, S::kConsumers>();  // by others, too
         leave_sums(pass);
         ptx::mbarrier_arrive(barriers.sums_full());
-        if (work.last()) {  // nothing else to do
+        stored = work.consumers_store();
+        if (stored) {
           ptx::mbarrier_wait(barriers.sums_full(), parity);
           DecodeFinish<Element, S>{p, place.base}.template run<S::kConsumers>(
               work, pass, static_cast<int>(threadIdx.x));
@@ -75,15 +75,15 @@ struct DecodeConsumer {
 
   // --- weights scaled in registers ----------------------------------------------------------------
 
-  // Stages `next`, next + kSplits, ... < end; returns the first that is not. Weights are rounded to the
+  // Every kSplits-th stage of `left`; returns how many are left, 0 or less. Weights are rounded to the
   // activations' type as `dequantize` rounds them. Multiplications of a stage are still under way while
   // the next stage's weights are converted; then it is given back.
-  __device__ int multiply_scaled(int next, int end) {
+  __device__ int multiply_scaled(int left) {
     constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
-    if (next >= end) return next;
+    if (left <= 0) return left;
     uint32_t a[4][4];
 #pragma unroll 1
-    for (bool first = true; next < end; next += S::kSplits, first = false) {
+    for (bool first = true; left > 0; left -= S::kSplits, first = false) {
       place.wait();
       const uint64_t b = place.input_descriptor();
       Packed packed[S::kStageBlocks];
@@ -119,7 +119,7 @@ struct DecodeConsumer {
       asm volatile("" : "+f"(sums[i])::"memory");  // not read before the wait
     }
     place.release_previous();
-    return next;
+    return left;
   }
 
   // --- exact integers, a group's sum scaled -------------------------------------------------------

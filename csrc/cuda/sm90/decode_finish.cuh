@@ -11,50 +11,52 @@ namespace marlin::cuda::sm90 {
 // Of a tile that a pair shares, each block stores half of the rows, and sends its sums of the others to
 // the other block, whose barrier counts the bytes. Addition of two numbers is commutative, so the
 // order of the two blocks' sums makes no difference.
+//
+// Of a tile that blocks share over memory, the block with the last stages stores all rows. The others leave
+// their sums in the call's scratch, and a flag that says so: a number which memory that holds anything
+// else does not hold by chance, so that scratch need not be cleared. Whoever has seen a flag clears it.
 template <typename Element, typename S>
 struct DecodeFinish {
+  using Cursor = DecodeCursor<Element, S>;
+
   const DecodeParams<Element>& p;
   uint32_t base;  // of shared memory
 
   // By threads 0 .. kThreads - 1 of a caller, once a pass's sums are there.
   template <int kThreads>
-  __device__ void run(const DecodeCursor<Element, S>& work, int pass, int thread) const {
-    constexpr int kHalf = S::kRows / 2;
-    const Tokens tokens(p, work, pass);
-    const int column = work.row_tile() * S::kRows;
-    if (!work.shared()) {
-      constexpr int kEach = S::kRows / 4;  // of a token
-      for (int i = tokens.begin * kEach + thread; i < tokens.end * kEach; i += kThreads) {
-        const int token = i / kEach, row = i % kEach * 4;
-        store(sum_of(token, row), tokens.first + token, column + row);
+  __device__ void run(const Cursor& work, int pass, int thread) const {
+    if (!work.whole() && p.deal.cluster > 1) {
+      exchange_halves<kThreads>(work, pass, thread);
+    } else if (work.sends()) {
+      leave_partial<kThreads>(work, pass, thread);
+    } else {
+      store_all<kThreads>(work, pass, thread);
+    }
+  }
+
+  // For a tile shared over memory that this block stores: waits for the others' sums. By one thread, which
+  // then tells whoever runs run().
+  __device__ void await_partials(const Cursor& work) const {
+    ptx::wait_for_earlier_kernels();  // which may have used the same flags
+#pragma unroll 1
+    for (int pass = 0; pass < S::kPasses; ++pass) {
+#pragma unroll 1
+      for (int sender = work.first_sender(); sender < work.block(); ++sender) {
+        uint64_t* flag = flag_of(sender, pass);
+        while (ptx::load_acquire(flag) != kThere) {
+        }
+        *flag = 0;
       }
-      return;
-    }
-    constexpr int kEach = kHalf / 4;
-    const int begin = tokens.begin * kEach + thread, end = tokens.end * kEach;
-    const int mine = work.share.rank * kHalf, theirs = kHalf - mine;
-    const uint32_t inbox = base + S::kReceivedAt + pass * S::kPassTokens * kHalf * 4;
-    const uint32_t received = DecodeBarriers<S>{base + S::kBarriersAt}.received(pass);
-    const uint32_t to = ptx::address_in_block(inbox, work.share.rank ^ 1);
-    const uint32_t barrier = ptx::address_in_block(received, work.share.rank ^ 1);
-    for (int i = begin; i < end; i += kThreads) {
-      ptx::send_to_block(to + i * 16, barrier, sum_of(i / kEach, theirs + i % kEach * 4));
-    }
-    ptx::mbarrier_wait(received, 0);
-    for (int i = begin; i < end; i += kThreads) {
-      const int token = i / kEach, row = mine + i % kEach * 4;
-      float4 sum = sum_of(token, row);
-      add(sum, ptx::load_shared<float4>(inbox + i * 16));
-      store(sum, tokens.first + token, column + row);
+      ptx::mbarrier_arrive(received(pass));
     }
   }
 
   // Says how much run() of the other block will send. Before that block can.
   __device__ void expect() const {
-    const DecodeCursor<Element, S> work(p);  // the shared tile comes first, if there is one
+    const Cursor work(p);  // the shared tile comes first, if there is one
     for (int pass = 0; pass < S::kPasses; ++pass) {
       const Tokens tokens(p, work, pass);
-      ptx::mbarrier_arrive_expect(DecodeBarriers<S>{base + S::kBarriersAt}.received(pass),
+      ptx::mbarrier_arrive_expect(received(pass),
                                   max(tokens.end - tokens.begin, 0) * S::kRows / 2 * 4);
     }
   }
@@ -64,12 +66,90 @@ struct DecodeFinish {
   struct Tokens {
     int first, begin, end;
 
-    __device__ Tokens(const DecodeParams<Element>& p, const DecodeCursor<Element, S>& work,
-                      int pass)
+    __device__ Tokens(const DecodeParams<Element>& p, const Cursor& work, int pass)
         : first(work.first_token() + pass * S::kPassTokens),
           begin(S::kTile.many_tokens() ? max(work.token() - first, 0) : 0),
           end(min(S::kPassTokens, p.m - first)) {}
   };
+
+  static constexpr uint64_t kThere = 0x6d61726c696e2b34;
+
+  __device__ static int block() { return static_cast<int>(blockIdx.x); }
+  __device__ uint32_t received(int pass) const {
+    return DecodeBarriers<S>{base + S::kBarriersAt}.received(pass);
+  }
+  __device__ uint64_t* flag_of(int block, int pass) const {
+    return p.partial_flags + block * S::kPasses + pass;
+  }
+  __device__ float4* partial_of(int block, int pass) const {
+    return reinterpret_cast<float4*>(p.partials) +
+           (block * S::kPasses + pass) * (S::kPassTokens * S::kRows / 4);
+  }
+
+  // With what other blocks have left of the tile.
+  template <int kThreads>
+  __device__ void store_all(const Cursor& work, int pass, int thread) const {
+    constexpr int kEach = S::kRows / 4;  // of a token
+    const Tokens tokens(p, work, pass);
+    const int column = work.row_tile() * S::kRows;
+    int first_sender = block();
+    if (kThreads > 32 && !work.whole()) {  // then it is the block's last
+      ptx::mbarrier_wait(received(pass), 0);
+      first_sender = work.first_sender();
+    }
+    for (int i = tokens.begin * kEach + thread; i < tokens.end * kEach; i += kThreads) {
+      const int token = i / kEach, row = i % kEach * 4;
+      float4 sum = sum_of(token, row);
+      if constexpr (kThreads > 32) {
+#pragma unroll 1
+        for (int sender = first_sender; sender < block(); ++sender) {
+          add(sum, __ldcg(partial_of(sender, pass) + i));
+        }
+      }
+      store(sum, tokens.first + token, column + row);
+    }
+  }
+
+  template <int kThreads>
+  __device__ void leave_partial(const Cursor& work, int pass, int thread) const {
+    constexpr int kEach = S::kRows / 4;
+    const Tokens tokens(p, work, pass);
+    float4* to = partial_of(block(), pass) + thread;
+    const int end = tokens.end * kEach - thread;
+#pragma unroll 1
+    for (int i = tokens.begin * kEach; i < end; i += kThreads) {
+      to[i] = sum_of((i + thread) / kEach, (i + thread) % kEach * 4);
+    }
+    if constexpr (kThreads == 32) {
+      __syncwarp();
+    } else {
+      ptx::barrier_sync<kPartialLeft, kThreads>();
+    }
+    if (thread == 0) ptx::store_release(flag_of(block(), pass), kThere);
+  }
+  static constexpr int kPartialLeft = 4;  // a barrier of the block
+
+  template <int kThreads>
+  __device__ void exchange_halves(const Cursor& work, int pass, int thread) const {
+    constexpr int kHalf = S::kRows / 2, kEach = kHalf / 4;
+    const Tokens tokens(p, work, pass);
+    const int column = work.row_tile() * S::kRows, rank = block() % 2;
+    const int begin = tokens.begin * kEach + thread, end = tokens.end * kEach;
+    const int mine = rank * kHalf, theirs = kHalf - mine;
+    const uint32_t inbox = base + S::kReceivedAt + pass * S::kPassTokens * kHalf * 4;
+    const uint32_t to = ptx::address_in_block(inbox, rank ^ 1);
+    const uint32_t barrier = ptx::address_in_block(received(pass), rank ^ 1);
+    for (int i = begin; i < end; i += kThreads) {
+      ptx::send_to_block(to + i * 16, barrier, sum_of(i / kEach, theirs + i % kEach * 4));
+    }
+    ptx::mbarrier_wait(received(pass), 0);
+    for (int i = begin; i < end; i += kThreads) {
+      const int token = i / kEach, row = mine + i % kEach * 4;
+      float4 sum = sum_of(token, row);
+      add(sum, ptx::load_shared<float4>(inbox + i * 16));
+      store(sum, tokens.first + token, column + row);
+    }
+  }
 
   static __device__ void add(float4& a, const float4& b) {
     a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;

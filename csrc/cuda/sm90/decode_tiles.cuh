@@ -13,7 +13,8 @@ template <typename Element>
 struct DecodeParams : LayerParams<Element> {
   plan::DecodeDeal deal;
   int row_tiles, token_tiles;
-  int stages;                      // of a tile
+  float* partials;                 // of every block that shares a tile over memory [tokens][rows],
+  uint64_t* partial_flags;         // and [passes]
   int early_stages, first_stages;  // of weights (plan::DecodePlan)
 };
 
@@ -118,34 +119,64 @@ struct DecodeBarriers {
   __device__ void init_full(int i) const { ptx::mbarrier_init(full() + 8 * i, 2); }
 };
 
-// A block's tiles, in turn: the shared one, of which it does its half of k, then the others.
+// A block's tiles, in turn, and what it does of each.
 template <typename Element, typename S>
 struct DecodeCursor {
   const DecodeParams<Element>& p;
-  plan::DecodeShare share;
-  int at;  // -1: the shared tile
+  plan::DecodeRun run;
+  int tile, left;
 
   __device__ explicit DecodeCursor(const DecodeParams<Element>& params)
       : p(params),
-        share(plan::DecodeShare::of(params.deal, static_cast<int>(blockIdx.x))),
-        at(share.shared < 0 ? 0 : -1) {}
-  __device__ bool valid() const { return at < share.whole; }
-  __device__ bool last() const { return at + 1 == share.whole; }
-  __device__ void advance() { ++at; }
-  __device__ bool shared() const { return at < 0; }
+        run(plan::DecodeRun::of(params.deal, block())),
+        tile(run.tile),
+        left(run.tiles) {}
+  __device__ bool valid() const { return left > 0; }
+  __device__ bool last() const { return left == 1; }
+  __device__ void advance() { --left, tile = next(); }
+  __device__ int first_stage() const { return run.first_stage(tile, p.deal.stages); }
+  __device__ int end_stage() const { return run.end_stage(tile, p.deal.stages); }
+  __device__ int stages() const { return end_stage() - first_stage(); }
+  __device__ bool whole() const { return stages() == p.deal.stages; }
+
+  __device__ int next() const {
+    return plan::DecodeRun::rises(p.deal, block()) ? tile + 1 : tile - 1;
+  }
+  __device__ static int block() { return static_cast<int>(blockIdx.x); }
+
+  // Of a tile that is shared over memory: whether another block stores it, or else this one, with what the
+  // blocks from the first sender to the one before this have left.
+  __device__ bool sends() const { return end_stage() < p.deal.stages; }
+  __device__ bool gathers() const { return p.deal.cluster == 1 && !whole() && !sends(); }
+  __device__ int first_sender() const {
+    int sender = block();
+    if (first_stage() > 0) {
+      do {
+        --sender;
+      } while (p.deal.begin(sender) > tile * p.deal.stages);
+    }
+    return sender;
+  }
+
+  // Whether the consumers store the tile: nothing is left to do, or so little that the finisher warp
+  // would hold it up.
+  __device__ bool consumers_store() const {
+    constexpr int kEnough = S::kTile.stages_to_store();
+    if (kEnough <= 1 || last()) return last();
+    const int after = next();
+    return run.end_stage(after, p.deal.stages) - run.first_stage(after, p.deal.stages) < kEnough;
+  }
+
   // Row tile by row tile of the first token tile, then of the next. Where there is one, nothing is
   // divided, since that would hold up the first copies.
-  __device__ int tile() const { return shared() ? share.shared : share.first + at; }
-  __device__ int row_tile() const { return one_token_tile() ? tile() : tile() % p.row_tiles; }
-  __device__ int token() const { return one_token_tile() ? 0 : tile() / p.row_tiles * S::kTokens; }
+  __device__ int row_tile() const { return one_token_tile() ? tile : tile % p.row_tiles; }
+  __device__ int token() const { return one_token_tile() ? 0 : tile / p.row_tiles * S::kTokens; }
   // What the tile holds: the last of several begins early enough to be full, and does some tokens that
   // the one before it stores.
   __device__ int first_token() const {
     return one_token_tile() ? 0 : min(token(), p.m - S::kTokens);
   }
   __device__ bool one_token_tile() const { return !S::kTile.many_tokens() || p.token_tiles == 1; }
-  __device__ int first_stage() const { return shared() ? share.first_shared_stage(p.stages) : 0; }
-  __device__ int stages() const { return shared() ? share.shared_stages(p.stages) : p.stages; }
 };
 
 }  // namespace marlin::cuda::sm90

@@ -9,8 +9,8 @@ namespace marlin::cuda::sm90 {
 
 inline constexpr int kColumnMultiple = 64;  // activations are read by boxes of 64 columns
 
-inline Scratch scratch_of(const Gemm& args, const plan::DecodePlan&) {
-  return {args, kColumnMultiple, 0};
+inline Scratch scratch_of(const Gemm& args, const plan::DecodePlan& plan) {
+  return {args, kColumnMultiple, plan.partial_bytes()};
 }
 inline Scratch scratch_of(const Gemm& args, const plan::PrefillPlan&) {
   return {args, kColumnMultiple, 0};
