@@ -157,8 +157,7 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 16, 60, 130])
-def test_tiles_shared_over_memory(m: int) -> None:
+def test_tiles_shared_over_memory() -> None:
     """Blocks leave partial sums, and flags, in scratch that holds anything: on several streams at
     once, in a graph, and with what earlier launches have left there, always the same bits."""
     if torch.cuda.get_device_capability() != (9, 0):
@@ -166,22 +165,21 @@ def test_tiles_shared_over_memory(m: int) -> None:
     from marlin import _inspect
 
     weight = make_weight(5056, 2048, device="cuda")
-    x = make_input(m, 2048, dtype=torch.float16, device="cuda")
-    names = {1: "t8_r64_k512", 16: "t16_r128", 60: "t64_r64", 130: "t144"}
-    ids = [k["id"] for k in _inspect.plans() if f"sm90_decode_{names[m]}" in k["name"]]
     streams = [torch.cuda.Stream() for _ in range(4)]
+    kernels = [k for k in _inspect.plans() if k["name"].endswith("_runs") and not k["sparse"]]
+    assert kernels
     try:
-        for id in ids:
-            _inspect.force_plan(id, cluster=1)
+        for kernel in kernels:
+            _inspect.force_plan(kernel["id"])
+            x = make_input(kernel["tokens"] - 1, 2048, dtype=torch.float16, device="cuda")
             expected = weight.gemm(x)
-            rounded = _inspect.plans()[id]["rounds_weights"]
-            reference.assert_close(expected, x, weight.dense64(), rounded=rounded)
+            reference.assert_close(expected, x, weight.dense64(), rounded=False)
             torch.cuda.synchronize()
             results = []
             for i in range(400):
                 with torch.cuda.stream(streams[i % 4]):
-                    for size in (2**20, 2**22):  # what is freed here is scratch next
-                        torch.randint(-(2**62), 2**62, (size // 8,), device="cuda")
+                    for size in (2**17, 2**19):  # what is freed here is scratch next
+                        torch.randint(-(2**62), 2**62, (size,), device="cuda")
                     results.append((weight.gemm(x) == expected).all())
             torch.cuda.synchronize()
             assert all(results)

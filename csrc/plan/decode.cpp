@@ -14,6 +14,10 @@ namespace {
   DecodeKernel{0,                                                                                \
                DecodeTile{tokens, row_tiles, splits, stage_blocks, blocks_per_sm, input_stages}, \
                most_n, most_weights, reason},
+#define MARLIN_SM90_DECODE_RUNS(tokens, row_tiles, splits, stage_blocks, input_stages, reason)    \
+  DecodeKernel{0,                                                                                 \
+               DecodeTile{tokens, row_tiles, splits, stage_blocks, 1, input_stages, false, true}, \
+               0, 0, reason},
 
 constexpr int64_t kAny = int64_t{1} << 62;
 
@@ -30,6 +34,7 @@ auto sparse_table() {
 }
 
 #undef MARLIN_SM90_DECODE
+#undef MARLIN_SM90_DECODE_RUNS
 
 // Stages of weights that a block does.
 int64_t stages_per_block(const DecodePlan& plan) {
@@ -58,9 +63,9 @@ int first_stages(const DecodePlan& plan) {
 }
 
 // A model of the time of a plan in microseconds, fitted to an H200, to compare plans of one problem. A tile
-// costs something for its weights and something for every token. To share tiles over memory takes about
-// 3 us, and more for more sums: they and then a flag are written to L2, seen by another multiprocessor and
-// read, one after the other.
+// costs something for its weights and something for every token. To share tiles over memory takes 3 us, and
+// more for more sums and more blocks to a tile: they, and then a flag, are written to L2, seen by another
+// multiprocessor and read, one after the other.
 double estimated_us(const DecodePlan& plan) {
   const DecodeTile& tile = plan.kernel.tile;
   const double per_1024_columns =
@@ -68,31 +73,37 @@ double estimated_us(const DecodePlan& plan) {
   const double sparse = tile.sparse ? 0.75 : 1;
   const double columns = static_cast<double>(plan.stages) * tile.stage_k();
   const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles;
-  double of_block = 0, sharing = 0;  // tiles of the one that does most
-  if (plan.cluster == 2) {
-    of_block = static_cast<double>(ceil_div(tiles, plan.blocks / 2)) / 2;
-  } else {
+  double of_block = 0, sharing = 0;  // tiles of the block that does most
+  if (tile.runs) {
     of_block = static_cast<double>(ceil_div(tiles * plan.stages, plan.blocks)) / plan.stages;
-    if (plan.deal().shares_tiles()) sharing = 3 + tile.tokens * tile.rows() / 2048.0;
+    const double senders = std::max(1.0, 1 / of_block);
+    if (plan.runs().share_tiles()) sharing = 3 + tile.tokens * tile.rows() / 2048.0 * senders;
+  } else {
+    const auto of_cluster = static_cast<double>(ceil_div(tiles, plan.blocks / plan.cluster));
+    of_block = of_cluster / plan.cluster;
   }
   return 2 + of_block * columns / 1024 * per_1024_columns * sparse + sharing;
 }
 
-// 5120 x 27648, M = 16, has 80 tiles: 29.5 us in 66 pairs, of which 14 do two, and 22.4 with 0.61 of a tile for
-// every block. But 4096 x 4096: 4.2 and 6.9. (H200)
-DecodePlan decode_plan(const DecodeKernel& kernel, const Problem& problem) {
-  const DecodePlan alone = decode_plan_with(kernel, 1, problem);
-  const DecodePlan pairs = decode_plan_with(kernel, 2, problem);
-  return estimated_us(alone) < estimated_us(pairs) ? alone : pairs;
+// The first kernel of the table for few tokens that suits.
+std::optional<DecodePlan> select_for_few_tokens(const Problem& problem, bool runs) {
+  for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
+    const bool suits =
+        runs || problem.n <= kernel.most_n || problem.n * problem.k <= kernel.most_weights;
+    if (kernel.tile.runs != runs || kernel.tile.many_tokens() || !suits) continue;
+    if (kernel.tile.tokens >= problem.m) return decode_plan_with(kernel, 2, problem);
+  }
+  return std::nullopt;
 }
 
 // Whether a kernel for many tokens is worth a look. Several token tiles only of layers that are not wide: wide
 // ones are bound by power, and slower than the model says (28672 x 4096, M = 384: 141 us, the prefill kernel
-// 130; H200).
+// 130; 8192 x 8192, M = 448: 94 and 86; H200).
 bool suits(const DecodeKernel& kernel, const Problem& p) {
-  constexpr int64_t kMost = 384, kWide = 16384;
+  constexpr int64_t kMost = 384, kWide = 16384, kMostNarrow = 448, kNarrow = 4096;
   const bool one_tile = p.m <= kernel.tile.tokens;
-  return kernel.tile.many_tokens() && p.m <= kMost && (one_tile || p.n <= kWide);
+  const int64_t most = p.n <= kNarrow ? kMostNarrow : kMost;
+  return kernel.tile.many_tokens() && p.m <= most && (one_tile || p.n <= kWide);
 }
 
 // With many tokens the kernel that the model takes for the fastest; nothing where that is a prefill kernel.
@@ -100,11 +111,14 @@ std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
   std::optional<DecodePlan> best;
   for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
     if (!suits(kernel, problem)) continue;
-    const DecodePlan plan = decode_plan(kernel, problem);
+    const DecodePlan plan = decode_plan_with(kernel, 2, problem);
     if (!best || estimated_us(plan) < estimated_us(*best)) best = plan;
   }
-  if (best && estimated_us(*select_prefill(problem)) < estimated_us(*best)) return std::nullopt;
-  return best;
+  if (!best) return best;
+  // Prefill kernels that share k take longer than their model says: 33.0 us, not 28.5, at 5120 x 5120, M = 256.
+  const PrefillPlan prefill = *select_prefill(problem);
+  const double pace = prefill.cluster > prefill.input_shares ? 1.1 : 1;
+  return pace * estimated_us(prefill) < estimated_us(*best) ? std::nullopt : best;
 }
 
 }  // namespace
@@ -118,7 +132,7 @@ std::span<const DecodeKernel> decode_kernels(bool sparse) {
 std::string DecodeKernel::name() const {
   return (tile.sparse ? "sm90_decode_24_t" : "sm90_decode_t") + std::to_string(tile.tokens) + "_r" +
          std::to_string(tile.rows()) + "_k" + std::to_string(tile.stage_k()) + "_s" +
-         std::to_string(tile.splits);
+         std::to_string(tile.splits) + (tile.runs ? "_runs" : "");
 }
 
 DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Problem& problem) {
@@ -128,7 +142,7 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
   plan.row_tiles = static_cast<int>(ceil_div(problem.n, kernel.tile.rows()));
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   plan.stages = static_cast<int>(ceil_div(problem.k, kernel.tile.stage_k()));
-  plan.cluster = problem.device.clusters_of(cluster) > 0 ? cluster : 1;
+  plan.cluster = !kernel.tile.runs && problem.device.clusters_of(cluster) > 0 ? cluster : 1;
   // Every multiprocessor gets a block, even where there are fewer tiles: with room for two blocks on
   // each, the next kernel's blocks then find exactly one place on every multiprocessor.
   plan.blocks = problem.device.clusters_of(plan.cluster) * plan.cluster;
@@ -139,13 +153,10 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
 
 std::optional<DecodePlan> select_decode(const Problem& problem) {
   if (!problem.device.wgmma) return std::nullopt;
-  for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
-    if (kernel.tile.many_tokens()) break;
-    if (kernel.tile.tokens < problem.m) continue;
-    if (problem.n > kernel.most_n && problem.n * problem.k > kernel.most_weights) continue;
-    return decode_plan(kernel, problem);
-  }
-  return select_for_many_tokens(problem);
+  const auto pairs = select_for_few_tokens(problem, false);
+  if (!pairs) return select_for_many_tokens(problem);
+  const auto runs = select_for_few_tokens(problem, true);
+  return runs && estimated_us(*runs) < estimated_us(*pairs) ? runs : pairs;
 }
 
 }  // namespace marlin::plan

@@ -12,6 +12,8 @@ namespace marlin::plan {
 struct DecodeTile {
   int tokens, row_tiles, splits, stage_blocks, blocks_per_sm, input_stages;
   bool sparse = false;  // 2:4: a block of 64 x 64 stored weights covers 128 columns
+  bool runs =
+      false;  // blocks share tiles over global memory (DecodeRun), otherwise in pairs (DecodeShare)
 
   // Whether weights are scaled before they are multiplied, rather than the sums of groups after.
   constexpr bool scales_weights() const { return tokens > 96 && row_tiles > 1; }
@@ -93,6 +95,39 @@ struct DecodeKernel {
 // Of decode_table.inc, or of decode_24_table.inc.
 std::span<const DecodeKernel> decode_kernels(bool sparse = false);
 
+// How a launch deals out its tiles: clusters of one block or two get runs of neighbouring tiles, equal
+// but for one. The division is done here, on the host: on the device it would hold up the first copy.
+struct DecodeDeal {
+  int cluster;     // blocks: 1 or 2
+  int each, more;  // tiles of every cluster, and how many clusters get one more
+
+  static constexpr DecodeDeal of(int blocks, int cluster, int tiles) {
+    const int clusters = blocks / cluster;
+    return {cluster, tiles / clusters, tiles % clusters};
+  }
+};
+
+// The tiles of one block: equal parts of its cluster's run. Where one tile is left over, a pair shares
+// it: the first block does the first half of its k, and the other the rest.
+struct DecodeShare {
+  int first, whole;  // tiles first .. first + whole - 1
+  int shared;        // the shared tile, done before them; -1: none
+  int rank;          // of the block in its cluster
+
+  static constexpr DecodeShare of(const DecodeDeal& deal, int block) {
+    const int log2 = deal.cluster - 1;  // of 1 or 2: also the mask of what a division leaves
+    const int at = block >> log2, rank = block & log2;
+    const int begin = at * deal.each + (at < deal.more ? at : deal.more);
+    const int count = deal.each + (at < deal.more), whole = count >> log2;
+    return {begin + rank * whole, whole, count & log2 ? begin + count - 1 : -1, rank};
+  }
+  // A half of the stages of a shared tile.
+  constexpr int first_shared_stage(int stages) const { return rank == 0 ? 0 : (stages + 1) / 2; }
+  constexpr int shared_stages(int stages) const {
+    return rank == 0 ? (stages + 1) / 2 : stages / 2;
+  }
+};
+
 // Divides by a number that only the host knows: on the device a division would hold up the first copy.
 struct Divisor {
   uint64_t inverse;  // of the number, in 2^-64
@@ -105,63 +140,40 @@ struct Divisor {
   }
 };
 
-// How a launch deals out its work. The stages of all tiles are numbered, k fastest, and every block gets
-// a run of them. Clusters of two blocks get equal numbers of tiles but for one, and halve them; blocks
-// alone get equal numbers of stages but for one.
-struct DecodeDeal {
-  int cluster;     // blocks: 1 or 2
+// How a launch whose blocks share tiles over memory deals out the stages of all of them: equal runs but
+// for one, k fastest.
+struct DecodeRuns {
   int stages;      // of a tile
-  int each, more;  // tiles of every pair, or stages of every block, and how many get one more
+  int each, more;  // stages of every block, and how many get one more
   Divisor by_stages;
 
-  static constexpr DecodeDeal of(int blocks, int cluster, int tiles, int stages) {
-    const int units = cluster == 1 ? tiles * stages : tiles, shares = blocks / cluster;
-    return {cluster, stages, units / shares, units % shares, Divisor::of(stages)};
+  static constexpr DecodeRuns of(int blocks, int tiles, int stages) {
+    const int all = tiles * stages;
+    return {stages, all / blocks, all % blocks, Divisor::of(stages)};
   }
-  constexpr int begin(int share) const { return share * each + (share < more ? share : more); }
-  constexpr bool shares_tiles() const {
-    return cluster > 1 ? each % 2 || more : each % stages || more;
-  }
+  constexpr int begin(int block) const { return block * each + (block < more ? block : more); }
+  constexpr bool share_tiles() const { return each % stages || more; }
 };
 
-// The run of one block: stages begin .. end - 1 of all.
-//
-// A shared tile comes first in both blocks of a pair, so that what they send each other is there in time.
-// Of blocks alone the one with the tile's last stages waits for the others, and does it last, and the
-// others do it first. They are blocks of lower numbers, which are started before it.
+// The run of one block: stages begin .. end - 1 of all, of `tiles` tiles, the last of which is done first.
+// Of a tile that several blocks share, the one with the last stages thus does them last, and waits for the
+// sums of the others, which do theirs first. They have lower numbers, and are started before it.
 struct DecodeRun {
-  int begin, end;
-  int tile, tiles;  // the one done first, and how many
+  int begin, end, last, tiles;
 
-  // Whether tiles follow in rising order, otherwise in falling order.
-  static constexpr bool rises(const DecodeDeal& deal, int block) {
-    return (block & (deal.cluster - 1)) != 0;
+  static constexpr DecodeRun of(const DecodeRuns& runs, int block) {
+    const int begin = runs.begin(block), end = runs.begin(block + 1);
+    if (begin == end) return {begin, end, 0, 0};
+    const int last = runs.by_stages.quotient(end - 1);
+    return {begin, end, last, last - runs.by_stages.quotient(begin) + 1};
   }
-
-  static constexpr DecodeRun of(const DecodeDeal& deal, int block) {
-    const int share = block >> (deal.cluster - 1);
-    DecodeRun run{deal.begin(share), deal.begin(share + 1), 0, 0};
-    if (deal.cluster == 2) {
-      run.begin *= deal.stages, run.end *= deal.stages;
-      const int middle = run.begin + (run.end - run.begin + 1) / 2;
-      (rises(deal, block) ? run.begin : run.end) = middle;
-    }
-    if (run.begin == run.end) return run;
-    const int first = deal.by_stages.quotient(run.begin);
-    const int last = deal.by_stages.quotient(run.end - 1);
-    run.tiles = last - first + 1;
-    run.tile = rises(deal, block) ? first : last;
-    return run;
-  }
-
-  // Of a tile.
   constexpr int first_stage(int tile, int stages) const {
     const int first = begin - tile * stages;
     return first > 0 ? first : 0;
   }
   constexpr int end_stage(int tile, int stages) const {
-    const int last = end - tile * stages;
-    return last < stages ? last : stages;
+    const int end_of_run = end - tile * stages;
+    return end_of_run < stages ? end_of_run : stages;
   }
 };
 
@@ -170,19 +182,20 @@ struct DecodePlan {
   int period;  // columns between scales: 32, 64, or 128 for all longer groups
   int row_tiles, token_tiles;
   int stages;   // of a tile
-  int cluster;  // 2: pairs of blocks share tiles; 1: blocks share them over global memory
+  int cluster;  // 2: pairs of blocks that may share a tile; 1: launched without clusters
   int blocks;
   // Of weights, with static_weights: copied while the kernel before may still run, and those of them that
   // are asked for at the very start of a block.
   int early_stages, first_stages;
 
-  constexpr DecodeDeal deal() const {
-    return DecodeDeal::of(blocks, cluster, row_tiles * token_tiles, stages);
+  constexpr DecodeRuns runs() const {
+    return DecodeRuns::of(blocks, row_tiles * token_tiles, stages);
   }
-  // For every block the sums of a part of a tile, and for each pass a flag that says that they are there.
+  // Where blocks share tiles over memory: the sums that each leaves, and for each pass a flag.
   constexpr int64_t partial_bytes() const {
-    if (cluster > 1 || !deal().shares_tiles()) return 0;
-    return int64_t{blocks} * (kernel.tile.partial_floats() * 4 + kernel.tile.passes() * 8);
+    if (!kernel.tile.runs || !runs().share_tiles()) return 0;
+    const DecodeTile& tile = kernel.tile;
+    return int64_t{blocks} * (tile.partial_floats() * 4 + tile.passes() * 8);
   }
 };
 

@@ -144,9 +144,41 @@ TEST(Plan, PartitionDoesEverythingOnce) {
   }
 }
 
-// What the decode kernels do with a plan, in miniature: every stage of every tile is some block's, once. Of a
-// tile that a pair shares, either block does a part, before its other tiles. Of one that blocks share over
-// memory, the one with the last stages does them last, and the others, of lower numbers, theirs first.
+// Where blocks share tiles over memory: the one with a tile's last stages does them last, and the others, of
+// lower numbers, theirs first. `done`: how often each stage of each tile is done, so far not at all.
+void check_runs(const DecodePlan& plan, int tiles, std::vector<int>& done) {
+  const int stages = plan.stages;
+  ASSERT_EQ(plan.cluster, 1);
+  std::vector<int> sharing(tiles);
+  const DecodeRuns runs = plan.runs();
+  int most = 0, least = tiles * stages;
+  for (int block = 0; block < plan.blocks; ++block) {
+    const auto run = DecodeRun::of(runs, block);
+    ASSERT_EQ(run.tiles > 0, run.end > run.begin);
+    for (int i = 0; i < run.tiles; ++i) {
+      const int at = run.last - i;
+      const int first = run.first_stage(at, stages), end = run.end_stage(at, stages);
+      ASSERT_LT(first, end);
+      for (int stage = first; stage < end; ++stage) {
+        ++done[static_cast<size_t>(at) * stages + stage];
+      }
+      if (end - first == stages) continue;
+      ++sharing[at];
+      ASSERT_TRUE(end == stages ? i == run.tiles - 1 : i == 0);
+    }
+    most = std::max(most, run.end - run.begin);
+    least = std::min(least, run.end - run.begin);
+  }
+  ASSERT_LE(most - least, 1) << "work is not shared equally";
+  for (const int times : done) ASSERT_EQ(times, 1);
+  for (const int blocks : sharing) ASSERT_NE(blocks, 1);
+  const bool share = std::ranges::any_of(sharing, [](int blocks) { return blocks > 0; });
+  ASSERT_TRUE(runs.share_tiles() || !share);
+  ASSERT_EQ(plan.partial_bytes() > 0, runs.share_tiles());
+}
+
+// What the decode kernels do with a plan, in miniature: every stage of every tile is some block's, once,
+// and the two blocks of a pair name the same tile as shared.
 void check_decode(const Problem& problem, const DecodePlan& plan) {
   const DecodeTile& tile = plan.kernel.tile;
   ASSERT_EQ(tile.sparse, problem.sparse);
@@ -158,37 +190,37 @@ void check_decode(const Problem& problem, const DecodePlan& plan) {
   ASSERT_GE(plan.stages * int64_t{tile.stage_k()}, problem.k);
   ASSERT_EQ(plan.blocks % plan.cluster, 0);
   ASSERT_LE(plan.blocks, problem.device.sm_count);
-  const int tiles = plan.row_tiles * plan.token_tiles, stages = plan.stages;
-  std::vector<int> done(static_cast<size_t>(tiles) * stages), sharing(tiles);
-  int most = 0, least = tiles * stages;  // stages of a block
-  const DecodeDeal deal = plan.deal();
+  const int tiles = plan.row_tiles * plan.token_tiles;
+  std::vector<int> done(static_cast<size_t>(tiles) * plan.stages);
+  if (tile.runs) {
+    ASSERT_NO_FATAL_FAILURE(check_runs(plan, tiles, done));
+    return;
+  }
+  ASSERT_EQ(plan.partial_bytes(), 0);
+  int most = 0, least = 2 * tiles;  // of half tiles of a block
+  const auto deal = DecodeDeal::of(plan.blocks, plan.cluster, tiles);
   for (int block = 0; block < plan.blocks; ++block) {
-    const auto run = DecodeRun::of(deal, block);
-    ASSERT_EQ(run.tiles > 0, run.end > run.begin);
-    int sum = 0;
-    for (int i = 0, at = run.tile; i < run.tiles; ++i) {
-      const int first = run.first_stage(at, stages), end = run.end_stage(at, stages);
-      ASSERT_LT(first, end);
-      for (int stage = first; stage < end; ++stage) {
-        ++done[static_cast<size_t>(at) * stages + stage];
+    const auto share = DecodeShare::of(deal, block);
+    const auto pair = DecodeShare::of(deal, block ^ 1);
+    ASSERT_EQ(share.rank, block % plan.cluster);
+    ASSERT_EQ(share.shared, plan.cluster == 1 ? -1 : pair.shared);
+    for (int i = 0; i < share.whole; ++i) {
+      for (int stage = 0; stage < plan.stages; ++stage) {
+        ++done[static_cast<size_t>(share.first + i) * plan.stages + stage];
       }
-      sum += end - first;
-      if (end - first < stages) {
-        ++sharing[at];
-        const bool stores = plan.cluster == 1 && end == stages;
-        ASSERT_TRUE(stores ? i == run.tiles - 1 : i == 0);
-      }
-      at += DecodeRun::rises(deal, block) ? 1 : -1;
     }
-    most = std::max(most, sum);
-    least = std::min(least, sum);
+    if (share.shared >= 0) {
+      const int first = share.first_shared_stage(plan.stages);
+      for (int i = 0; i < share.shared_stages(plan.stages); ++i) {
+        ++done[static_cast<size_t>(share.shared) * plan.stages + first + i];
+      }
+    }
+    const int half_tiles = 2 * share.whole + (share.shared >= 0);
+    most = std::max(most, half_tiles);
+    least = std::min(least, half_tiles);
   }
   for (const int times : done) ASSERT_EQ(times, 1);
-  for (const int blocks : sharing) ASSERT_TRUE(plan.cluster == 1 ? blocks != 1 : blocks % 2 == 0);
-  const bool shares = std::ranges::any_of(sharing, [](int blocks) { return blocks > 0; });
-  ASSERT_TRUE(deal.shares_tiles() || !shares);
-  ASSERT_EQ(plan.partial_bytes() > 0, plan.cluster == 1 && deal.shares_tiles());
-  ASSERT_LE(most - least, plan.cluster == 2 ? (stages + 1) / 2 : 1) << "work is not shared equally";
+  ASSERT_LE(most - least, plan.cluster == 2 ? 1 : 2) << "work is not shared equally";
 }
 
 TEST(Plan, DecodeGridsDoEverythingOnce) {
@@ -222,19 +254,19 @@ TEST(Plan, DecodeWithManyTokensTakesWhatWasMeasuredToBeFastest) {
     int64_t m, n, k;
     int tokens, rows, token_tiles;
   };
-  for (const Case& c :
-       std::initializer_list<Case>{{80, 4096, 4096, 80, 64, 1},     {128, 4096, 4096, 128, 64, 1},
-                                   {160, 4096, 4096, 80, 64, 2},    {192, 4096, 4096, 96, 64, 2},
-                                   {256, 4096, 4096, 128, 128, 2},  {384, 4096, 4096, 192, 128, 2},
-                                   {112, 4096, 14336, 112, 64, 1},  {144, 4096, 14336, 80, 64, 2},
-                                   {224, 4096, 14336, 112, 128, 2}, {257, 4096, 14336, 144, 128, 2},
-                                   {320, 4096, 14336, 160, 128, 2}, {96, 8192, 8192, 96, 64, 1},
-                                   {112, 8192, 8192, 112, 128, 1},  {128, 8192, 8192, 128, 128, 1},
-                                   {129, 8192, 8192, 144, 128, 1},  {160, 8192, 8192, 160, 128, 1},
-                                   {192, 8192, 8192, 192, 128, 1},  {256, 8192, 8192, 128, 128, 2},
-                                   {385, 8192, 8192, 0, 0, 0},      {128, 28672, 4096, 0, 0, 0},
-                                   {144, 28672, 4096, 144, 128, 1}, {256, 28672, 4096, 0, 0, 0},
-                                   {144, 57344, 8192, 144, 128, 1}}) {
+  for (const Case& c : std::initializer_list<Case>{
+           {80, 4096, 4096, 80, 64, 1},     {128, 4096, 4096, 128, 64, 1},
+           {160, 4096, 4096, 80, 64, 2},    {192, 4096, 4096, 96, 64, 2},
+           {256, 4096, 4096, 128, 128, 2},  {384, 4096, 4096, 192, 128, 2},
+           {112, 4096, 14336, 112, 64, 1},  {144, 4096, 14336, 80, 64, 2},
+           {224, 4096, 14336, 112, 128, 2}, {257, 4096, 14336, 144, 128, 2},
+           {320, 4096, 14336, 160, 128, 2}, {96, 8192, 8192, 96, 64, 1},
+           {112, 8192, 8192, 112, 128, 1},  {128, 8192, 8192, 128, 128, 1},
+           {129, 8192, 8192, 144, 128, 1},  {160, 8192, 8192, 160, 128, 1},
+           {192, 8192, 8192, 192, 128, 1},  {256, 8192, 8192, 128, 128, 2},
+           {400, 4096, 14336, 112, 128, 4}, {385, 8192, 8192, 0, 0, 0},
+           {128, 28672, 4096, 0, 0, 0},     {144, 28672, 4096, 144, 128, 1},
+           {256, 28672, 4096, 0, 0, 0},     {144, 57344, 8192, 144, 128, 1}}) {
     Problem problem{c.m, c.n, c.k, 128, device_of(90, 132)};
     problem.device.wgmma = true;
     const auto plan = select_decode(problem);
@@ -337,16 +369,16 @@ TEST(Plan, SparseWeightsHaveKernelsForAnyNumberOfTokensOnHopper) {
 
 // Where some pairs would do twice as much as others, and that is worth more than sharing over memory costs.
 TEST(Plan, DecodeSharesTilesOverMemoryWhereThatIsFaster) {
-  const auto cluster_of = [](int64_t m, int64_t n, int64_t k) {
+  const auto runs = [](int64_t m, int64_t n, int64_t k) {
     Problem problem{m, n, k, 128, device_of(90, 132)};
     problem.device.wgmma = true;
-    return select_decode(problem)->cluster;
+    return select_decode(problem)->kernel.tile.runs;
   };
-  for (const int m : {1, 16, 32, 64}) {
-    EXPECT_EQ(cluster_of(m, 5120, 27648), 1) << m;  // on an H200 26 to 36% faster
-    EXPECT_EQ(cluster_of(m, 5120, 5120), 2) << m;   // 2 to 19% slower
-    EXPECT_EQ(cluster_of(m, 4096, 4096), 2) << m;   // 34 to 40% slower
-    EXPECT_EQ(cluster_of(m, 28672, 4096), 2) << m;  // 5 to 12% slower
+  for (const int m : {1, 16, 32, 40, 64, 96, 128}) {
+    EXPECT_TRUE(runs(m, 5120, 27648)) << m;  // on an H200 8 to 36% faster
+    EXPECT_FALSE(runs(m, 5120, 5120)) << m;  // 2 to 19% slower
+    EXPECT_FALSE(runs(m, 4096, 4096)) << m;  // 34 to 40% slower
+    EXPECT_FALSE(runs(m, 8192, 8192)) << m;
   }
 }
 

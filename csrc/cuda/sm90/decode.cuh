@@ -13,7 +13,7 @@
 // multiply, and take turns at stages: stage i belongs to split i % kSplits. They leave their sums in
 // shared memory and go on with the next tile, while a finisher warp adds the splits in order and
 // stores; those of the last tile they add and store themselves. Where the tiles do not go round, pairs of
-// blocks, or any neighbours, share some (plan::DecodeDeal).
+// blocks share one (plan::DecodeShare), or, in kernels for that, any blocks some (plan::DecodeRun).
 //
 // Programmatic dependent launch: with `static_weights` the producers fill the ring with weights while
 // the previous kernel still runs; activations are read, and outputs written, only after it has
@@ -31,7 +31,7 @@
 
 namespace marlin::cuda::sm90 {
 
-// Stores the tiles that the consumers do not, and waits for what other blocks leave.
+// Stores the tiles that the consumers do not.
 template <typename Element, typename S>
 __device__ void finish_tiles(const DecodeParams<Element>& p, uint32_t base,
                              const DecodeBarriers<S>& barriers) {
@@ -39,18 +39,20 @@ __device__ void finish_tiles(const DecodeParams<Element>& p, uint32_t base,
   DecodeCursor<Element, S> work(p);
   int parity = 0;
 #pragma unroll 1
-  for (; work.left > 1; work.advance()) {
+  for (; work.valid() && !work.last(); work.advance()) {
+    bool stored = false;
+    if constexpr (S::kRuns) stored = work.consumers_store();
 #pragma unroll 1
     for (int pass = 0; pass < S::kPasses; ++pass) {
       ptx::mbarrier_wait(barriers.sums_full(), parity);
-      if (!work.consumers_store()) {
-        finish.template run<32>(work, pass, static_cast<int>(threadIdx.x) % 32);
-      }
+      if (!stored) finish.template run<32>(work, pass, static_cast<int>(threadIdx.x) % 32);
       ptx::mbarrier_arrive(barriers.sums_free());
       parity ^= 1;
     }
   }
-  if (work.valid() && work.gathers() && ptx::elect_one()) finish.await_partials(work);
+  if constexpr (S::kRuns) {
+    if (work.valid() && work.gathers() && ptx::elect_one()) finish.await_partials(work);
+  }
 }
 
 template <typename Element, typename S>
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     ptx::barrier_arrive<kOthersReady, S::kThreads>();
     ptx::barrier_sync<kFirstReady, S::kThreads>();
   }
-  const bool pairs = p.deal.cluster > 1;
+  const bool pairs = !S::kRuns && p.deal.cluster > 1;
   if (pairs) {
     if (threadIdx.x == S::kThreads - 1) DecodeFinish<Element, S>{p, base}.expect();
     __syncwarp();

@@ -32,24 +32,23 @@ struct DecodeConsumer {
     return packed;
   }
 
-  static constexpr int kStored = 3;  // a barrier of the block
-  static constexpr bool kStoreOften = S::kPasses > 1 || S::kTile.stages_to_store() > 1;
+  static constexpr int kPassStored = 3;  // a barrier of the block
 
   // This split's stages: every kSplits-th of all that the block does.
   __device__ void run() {
     const DecodeBarriers<S> barriers = place.barriers();
-    int left = -place.split, parity = 0;  // stages of the tile from this split's next one on
-    bool stored = false;                  // the sums that were left before, by the consumers
+    int next = place.split, end = 0, parity = 0;
+    bool stored = false;  // by the consumers, what they left last
 #pragma unroll 1
     for (DecodeCursor<Element, S> work(p); work.valid(); work.advance()) {
-      left += work.stages();
+      end += work.stages();
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
       if constexpr (S::kScalesWeights) {
-        left = multiply_scaled(left);
+        next = multiply_scaled(next, end);
       } else {
 #pragma unroll 1
-        for (; left > 0; left -= S::kSplits) {
+        for (; next < end; next += S::kSplits) {
           place.wait_for_weights();
           multiply();
           place.release();
@@ -58,11 +57,20 @@ struct DecodeConsumer {
       }
 #pragma unroll
       for (int pass = 0; pass < S::kPasses; ++pass) {
-        if (pass == 0 || !work.last()) ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
-        if (kStoreOften && stored) ptx::barrier_sync<kStored, S::kConsumers>();  // by others, too
+        if constexpr (S::kRuns) {
+          if (pass == 0 || !work.last()) ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
+          if (stored) ptx::barrier_sync<kPassStored, S::kConsumers>();
+          stored = work.consumers_store();
+        } else {
+          if (work.last() && pass > 0) {
+            ptx::barrier_sync<kPassStored, S::kConsumers>();
+          } else {
+            ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
+          }
+          stored = work.last();  // nothing else to do
+        }
         leave_sums(pass);
         ptx::mbarrier_arrive(barriers.sums_full());
-        stored = work.consumers_store();
         if (stored) {
           ptx::mbarrier_wait(barriers.sums_full(), parity);
           DecodeFinish<Element, S>{p, place.base}.template run<S::kConsumers>(
@@ -75,15 +83,15 @@ struct DecodeConsumer {
 
   // --- weights scaled in registers ----------------------------------------------------------------
 
-  // Every kSplits-th stage of `left`; returns how many are left, 0 or less. Weights are rounded to the
+  // Stages `next`, next + kSplits, ... < end; returns the first that is not. Weights are rounded to the
   // activations' type as `dequantize` rounds them. Multiplications of a stage are still under way while
   // the next stage's weights are converted; then it is given back.
-  __device__ int multiply_scaled(int left) {
+  __device__ int multiply_scaled(int next, int end) {
     constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
-    if (left <= 0) return left;
+    if (next >= end) return next;
     uint32_t a[4][4];
 #pragma unroll 1
-    for (bool first = true; left > 0; left -= S::kSplits, first = false) {
+    for (bool first = true; next < end; next += S::kSplits, first = false) {
       place.wait();
       const uint64_t b = place.input_descriptor();
       Packed packed[S::kStageBlocks];
@@ -119,7 +127,7 @@ struct DecodeConsumer {
       asm volatile("" : "+f"(sums[i])::"memory");  // not read before the wait
     }
     place.release_previous();
-    return left;
+    return next;
   }
 
   // --- exact integers, a group's sum scaled -------------------------------------------------------
@@ -131,7 +139,9 @@ struct DecodeConsumer {
     constexpr int kSteps = S::kPeriod / S::kStepColumns;       // between scales
     // Two blocks, or one where two blocks of threads share the registers; with many tokens, one group.
     constexpr int kSpan = S::kBlocksPerSm == 1 ? 4 * kBlocks : 4;
-    constexpr int kRoom = kTokens == 16 && kSteps == 2 ? 32 : 64;  // with 64, a register spills
+    constexpr bool kTight =
+        (kTokens == 16 && kSteps == 2) || (S::kRuns && kTokens == 8 && kSteps == 1);
+    constexpr int kRoom = kTight ? 32 : 64;  // with 64, a register spills
     constexpr int kFit = kTokens < kRoom ? kRoom / kTokens : 1, kWanted = kSpan / kSteps;
     constexpr int kGroups = kWanted < 1 ? 1 : kWanted < kFit ? kWanted : kFit;
     // With many tokens the first span is converted whole before its activations are waited for: 17.3 us

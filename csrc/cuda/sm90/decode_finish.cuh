@@ -12,30 +12,32 @@ namespace marlin::cuda::sm90 {
 // the other block, whose barrier counts the bytes. Addition of two numbers is commutative, so the
 // order of the two blocks' sums makes no difference.
 //
-// Of a tile that blocks share over memory, the block with the last stages stores all rows. The others leave
-// their sums in the call's scratch, and a flag that says so: a number which memory that holds anything
-// else does not hold by chance, so that scratch need not be cleared. Whoever has seen a flag clears it.
+// Of a tile that blocks share over memory (S::kRuns), the block with the last stages stores all rows. The
+// others leave their sums in the call's scratch, and a flag that says so: a number which memory that holds
+// anything else does not hold by chance, so that scratch need not be cleared. Whoever has seen a flag clears
+// it. It is compiled into kernels of its own: code that others never run made them 4 to 10% slower.
 template <typename Element, typename S>
 struct DecodeFinish {
-  using Cursor = DecodeCursor<Element, S>;
-
   const DecodeParams<Element>& p;
   uint32_t base;  // of shared memory
+
+  using Cursor = DecodeCursor<Element, S>;
 
   // By threads 0 .. kThreads - 1 of a caller, once a pass's sums are there.
   template <int kThreads>
   __device__ void run(const Cursor& work, int pass, int thread) const {
-    if (!work.whole() && p.deal.cluster > 1) {
-      exchange_halves<kThreads>(work, pass, thread);
-    } else if (work.sends()) {
-      leave_partial<kThreads>(work, pass, thread);
+    if constexpr (S::kRuns) {
+      if (work.sends()) {
+        leave_partial<kThreads>(work, pass, thread);
+      } else {
+        store_gathered<kThreads>(work, pass, thread);
+      }
     } else {
-      store_all<kThreads>(work, pass, thread);
+      store_or_exchange<kThreads>(work, pass, thread);
     }
   }
 
-  // For a tile shared over memory that this block stores: waits for the others' sums. By one thread, which
-  // then tells whoever runs run().
+  // Before the block that stores a tile shared over memory needs the others' sums. By one thread.
   __device__ void await_partials(const Cursor& work) const {
     ptx::wait_for_earlier_kernels();  // which may have used the same flags
 #pragma unroll 1
@@ -62,19 +64,9 @@ struct DecodeFinish {
   }
 
  private:
-  // Those of a pass that are stored: `first` + begin ..< end.
-  struct Tokens {
-    int first, begin, end;
-
-    __device__ Tokens(const DecodeParams<Element>& p, const Cursor& work, int pass)
-        : first(work.first_token() + pass * S::kPassTokens),
-          begin(S::kTile.many_tokens() ? max(work.token() - first, 0) : 0),
-          end(min(S::kPassTokens, p.m - first)) {}
-  };
-
   static constexpr uint64_t kThere = 0x6d61726c696e2b34;
+  static constexpr int kPartialLeft = 4;  // a barrier of the block
 
-  __device__ static int block() { return static_cast<int>(blockIdx.x); }
   __device__ uint32_t received(int pass) const {
     return DecodeBarriers<S>{base + S::kBarriersAt}.received(pass);
   }
@@ -86,35 +78,11 @@ struct DecodeFinish {
            (block * S::kPasses + pass) * (S::kPassTokens * S::kRows / 4);
   }
 
-  // With what other blocks have left of the tile.
-  template <int kThreads>
-  __device__ void store_all(const Cursor& work, int pass, int thread) const {
-    constexpr int kEach = S::kRows / 4;  // of a token
-    const Tokens tokens(p, work, pass);
-    const int column = work.row_tile() * S::kRows;
-    int first_sender = block();
-    if (kThreads > 32 && !work.whole()) {  // then it is the block's last
-      ptx::mbarrier_wait(received(pass), 0);
-      first_sender = work.first_sender();
-    }
-    for (int i = tokens.begin * kEach + thread; i < tokens.end * kEach; i += kThreads) {
-      const int token = i / kEach, row = i % kEach * 4;
-      float4 sum = sum_of(token, row);
-      if constexpr (kThreads > 32) {
-#pragma unroll 1
-        for (int sender = first_sender; sender < block(); ++sender) {
-          add(sum, __ldcg(partial_of(sender, pass) + i));
-        }
-      }
-      store(sum, tokens.first + token, column + row);
-    }
-  }
-
   template <int kThreads>
   __device__ void leave_partial(const Cursor& work, int pass, int thread) const {
-    constexpr int kEach = S::kRows / 4;
+    constexpr int kEach = S::kRows / 4;  // of a token
     const Tokens tokens(p, work, pass);
-    float4* to = partial_of(block(), pass) + thread;
+    float4* to = partial_of(work.block(), pass) + thread;
     const int end = tokens.end * kEach - thread;
 #pragma unroll 1
     for (int i = tokens.begin * kEach; i < end; i += kThreads) {
@@ -125,24 +93,57 @@ struct DecodeFinish {
     } else {
       ptx::barrier_sync<kPartialLeft, kThreads>();
     }
-    if (thread == 0) ptx::store_release(flag_of(block(), pass), kThere);
+    if (thread == 0) ptx::store_release(flag_of(work.block(), pass), kThere);
   }
-  static constexpr int kPartialLeft = 4;  // a barrier of the block
+
+  // With what other blocks have left.
+  template <int kThreads>
+  __device__ void store_gathered(const Cursor& work, int pass, int thread) const {
+    constexpr int kEach = S::kRows / 4;
+    const Tokens tokens(p, work, pass);
+    const int column = work.row_tile() * S::kRows;
+    int first_sender = work.block();
+    if (kThreads > 32 && work.gathers()) {  // then it is the block's last tile
+      ptx::mbarrier_wait(received(pass), 0);
+      first_sender = work.first_sender();
+    }
+    for (int i = tokens.begin * kEach + thread; i < tokens.end * kEach; i += kThreads) {
+      const int token = i / kEach, row = i % kEach * 4;
+      float4 sum = sum_of(token, row);
+      if constexpr (kThreads > 32) {
+#pragma unroll 1
+        for (int sender = first_sender; sender < work.block(); ++sender) {
+          add(sum, __ldcg(partial_of(sender, pass) + i));
+        }
+      }
+      store(sum, tokens.first + token, column + row);
+    }
+  }
 
   template <int kThreads>
-  __device__ void exchange_halves(const Cursor& work, int pass, int thread) const {
-    constexpr int kHalf = S::kRows / 2, kEach = kHalf / 4;
+  __device__ void store_or_exchange(const Cursor& work, int pass, int thread) const {
+    constexpr int kHalf = S::kRows / 2;
     const Tokens tokens(p, work, pass);
-    const int column = work.row_tile() * S::kRows, rank = block() % 2;
+    const int column = work.row_tile() * S::kRows;
+    if (!work.shared()) {
+      constexpr int kEach = S::kRows / 4;  // of a token
+      for (int i = tokens.begin * kEach + thread; i < tokens.end * kEach; i += kThreads) {
+        const int token = i / kEach, row = i % kEach * 4;
+        store(sum_of(token, row), tokens.first + token, column + row);
+      }
+      return;
+    }
+    constexpr int kEach = kHalf / 4;
     const int begin = tokens.begin * kEach + thread, end = tokens.end * kEach;
-    const int mine = rank * kHalf, theirs = kHalf - mine;
+    const int mine = work.share.rank * kHalf, theirs = kHalf - mine;
     const uint32_t inbox = base + S::kReceivedAt + pass * S::kPassTokens * kHalf * 4;
-    const uint32_t to = ptx::address_in_block(inbox, rank ^ 1);
-    const uint32_t barrier = ptx::address_in_block(received(pass), rank ^ 1);
+    const uint32_t received = DecodeBarriers<S>{base + S::kBarriersAt}.received(pass);
+    const uint32_t to = ptx::address_in_block(inbox, work.share.rank ^ 1);
+    const uint32_t barrier = ptx::address_in_block(received, work.share.rank ^ 1);
     for (int i = begin; i < end; i += kThreads) {
       ptx::send_to_block(to + i * 16, barrier, sum_of(i / kEach, theirs + i % kEach * 4));
     }
-    ptx::mbarrier_wait(received(pass), 0);
+    ptx::mbarrier_wait(received, 0);
     for (int i = begin; i < end; i += kThreads) {
       const int token = i / kEach, row = mine + i % kEach * 4;
       float4 sum = sum_of(token, row);
@@ -150,6 +151,16 @@ struct DecodeFinish {
       store(sum, tokens.first + token, column + row);
     }
   }
+
+  // Those of a pass that are stored: `first` + begin ..< end.
+  struct Tokens {
+    int first, begin, end;
+
+    __device__ Tokens(const DecodeParams<Element>& p, const Cursor& work, int pass)
+        : first(work.first_token() + pass * S::kPassTokens),
+          begin(S::kTile.many_tokens() ? max(work.token() - first, 0) : 0),
+          end(min(S::kPassTokens, p.m - first)) {}
+  };
 
   static __device__ void add(float4& a, const float4& b) {
     a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;

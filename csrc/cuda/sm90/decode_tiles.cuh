@@ -1,6 +1,8 @@
 // What a decode kernel (decode.cuh) is told, its shape, and the order of its tiles.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/sm90/layer.h"
 #include "cuda/sm90/step.cuh"
@@ -13,17 +15,21 @@ template <typename Element>
 struct DecodeParams : LayerParams<Element> {
   plan::DecodeDeal deal;
   int row_tiles, token_tiles;
-  float* partials;                 // of every block that shares a tile over memory [tokens][rows],
-  uint64_t* partial_flags;         // and [passes]
+  int stages;                      // of a tile
   int early_stages, first_stages;  // of weights (plan::DecodePlan)
+  // Where blocks share tiles over memory (S::kRuns): their runs, and what each leaves, [tokens][rows] and
+  // [passes].
+  plan::DecodeRuns runs;
+  float* partials;
+  uint64_t* partial_flags;
 };
 
 template <int kTokens_, int kRowTiles_, int kSplits_, int kStageBlocks_, int kBlocksPerSm_,
-          int kInputStages_, int kPeriod_, bool kSparse_>
+          int kInputStages_, bool kRuns_, int kPeriod_, bool kSparse_>
 struct DecodeShape {
   static constexpr plan::DecodeTile kTile{kTokens_,      kRowTiles_,    kSplits_, kStageBlocks_,
-                                          kBlocksPerSm_, kInputStages_, kSparse_};
-  static constexpr bool kSparse = kSparse_;
+                                          kBlocksPerSm_, kInputStages_, kSparse_, kRuns_};
+  static constexpr bool kSparse = kSparse_, kRuns = kRuns_;
   static constexpr int kStepColumns = sm90::kStepColumns<kSparse_>;
   static constexpr int kTokens = kTokens_, kRowTiles = kRowTiles_, kSplits = kSplits_;
   static constexpr int kStageBlocks = kStageBlocks_, kBlocksPerSm = kBlocksPerSm_;
@@ -119,64 +125,88 @@ struct DecodeBarriers {
   __device__ void init_full(int i) const { ptx::mbarrier_init(full() + 8 * i, 2); }
 };
 
-// A block's tiles, in turn, and what it does of each.
-template <typename Element, typename S>
-struct DecodeCursor {
+// Where a cursor's tile is.
+template <typename Cursor, typename Element, typename S>
+struct DecodeTileOf {
   const DecodeParams<Element>& p;
-  plan::DecodeRun run;
-  int tile, left;
-
-  __device__ explicit DecodeCursor(const DecodeParams<Element>& params)
-      : p(params),
-        run(plan::DecodeRun::of(params.deal, block())),
-        tile(run.tile),
-        left(run.tiles) {}
-  __device__ bool valid() const { return left > 0; }
-  __device__ bool last() const { return left == 1; }
-  __device__ void advance() { --left, tile = next(); }
-  __device__ int first_stage() const { return run.first_stage(tile, p.deal.stages); }
-  __device__ int end_stage() const { return run.end_stage(tile, p.deal.stages); }
-  __device__ int stages() const { return end_stage() - first_stage(); }
-  __device__ bool whole() const { return stages() == p.deal.stages; }
-
-  __device__ int next() const {
-    return plan::DecodeRun::rises(p.deal, block()) ? tile + 1 : tile - 1;
-  }
-  __device__ static int block() { return static_cast<int>(blockIdx.x); }
-
-  // Of a tile that is shared over memory: whether another block stores it, or else this one, with what the
-  // blocks from the first sender to the one before this have left.
-  __device__ bool sends() const { return end_stage() < p.deal.stages; }
-  __device__ bool gathers() const { return p.deal.cluster == 1 && !whole() && !sends(); }
-  __device__ int first_sender() const {
-    int sender = block();
-    if (first_stage() > 0) {
-      do {
-        --sender;
-      } while (p.deal.begin(sender) > tile * p.deal.stages);
-    }
-    return sender;
-  }
-
-  // Whether the consumers store the tile: nothing is left to do, or so little that the finisher warp
-  // would hold it up.
-  __device__ bool consumers_store() const {
-    constexpr int kEnough = S::kTile.stages_to_store();
-    if (kEnough <= 1 || last()) return last();
-    const int after = next();
-    return run.end_stage(after, p.deal.stages) - run.first_stage(after, p.deal.stages) < kEnough;
-  }
 
   // Row tile by row tile of the first token tile, then of the next. Where there is one, nothing is
   // divided, since that would hold up the first copies.
-  __device__ int row_tile() const { return one_token_tile() ? tile : tile % p.row_tiles; }
-  __device__ int token() const { return one_token_tile() ? 0 : tile / p.row_tiles * S::kTokens; }
+  __device__ int row_tile() const { return one_token_tile() ? tile() : tile() % p.row_tiles; }
+  __device__ int token() const { return one_token_tile() ? 0 : tile() / p.row_tiles * S::kTokens; }
   // What the tile holds: the last of several begins early enough to be full, and does some tokens that
   // the one before it stores.
   __device__ int first_token() const {
     return one_token_tile() ? 0 : min(token(), p.m - S::kTokens);
   }
   __device__ bool one_token_tile() const { return !S::kTile.many_tokens() || p.token_tiles == 1; }
+
+ private:
+  __device__ int tile() const { return static_cast<const Cursor*>(this)->tile(); }
 };
+
+// A block's tiles, in turn: the one that its pair shares, of which it does its half of k, then the others.
+template <typename Element, typename S>
+struct DecodePairCursor : DecodeTileOf<DecodePairCursor<Element, S>, Element, S> {
+  using Base = DecodeTileOf<DecodePairCursor<Element, S>, Element, S>;
+  using Base::p;
+  plan::DecodeShare share;
+  int at;  // -1: the shared tile
+
+  __device__ explicit DecodePairCursor(const DecodeParams<Element>& params)
+      : Base{params},
+        share(plan::DecodeShare::of(params.deal, static_cast<int>(blockIdx.x))),
+        at(share.shared < 0 ? 0 : -1) {}
+  __device__ bool valid() const { return at < share.whole; }
+  __device__ bool last() const { return at + 1 == share.whole; }
+  __device__ void advance() { ++at; }
+  __device__ bool shared() const { return at < 0; }
+  __device__ int tile() const { return shared() ? share.shared : share.first + at; }
+  __device__ int first_stage() const { return shared() ? share.first_shared_stage(p.stages) : 0; }
+  __device__ int stages() const { return shared() ? share.shared_stages(p.stages) : p.stages; }
+};
+
+// A block's tiles, in turn, where any blocks share them over memory: from the last to the first.
+template <typename Element, typename S>
+struct DecodeRunCursor : DecodeTileOf<DecodeRunCursor<Element, S>, Element, S> {
+  using Base = DecodeTileOf<DecodeRunCursor<Element, S>, Element, S>;
+  using Base::p;
+  plan::DecodeRun run;
+  int at;  // tiles before it
+
+  __device__ explicit DecodeRunCursor(const DecodeParams<Element>& params)
+      : Base{params}, run(plan::DecodeRun::of(params.runs, block())), at(0) {}
+  __device__ static int block() { return static_cast<int>(blockIdx.x); }
+  __device__ bool valid() const { return at < run.tiles; }
+  __device__ bool last() const { return at + 1 == run.tiles; }
+  __device__ void advance() { ++at; }
+  __device__ int tile() const { return run.last - at; }
+  __device__ int first_stage() const { return run.first_stage(tile(), p.stages); }
+  __device__ int stages() const { return run.end_stage(tile(), p.stages) - first_stage(); }
+
+  // Whether another block stores the tile, with what this one leaves; or else this one, with what the blocks
+  // from the first sender to the one before this have left.
+  __device__ bool sends() const { return run.end_stage(tile(), p.stages) < p.stages; }
+  __device__ bool gathers() const { return first_stage() > 0 && !sends(); }
+  __device__ int first_sender() const {
+    int sender = block();
+    if (first_stage() > 0) {
+      do {
+        --sender;
+      } while (p.runs.begin(sender) > tile() * p.stages);
+    }
+    return sender;
+  }
+  // Whether the consumers store the tile: nothing is left to do, or so little that the finisher warp
+  // would hold it up.
+  __device__ bool consumers_store() const {
+    const int next = tile() - 1;
+    return last() || p.stages - run.first_stage(next, p.stages) < S::kTile.stages_to_store();
+  }
+};
+
+template <typename Element, typename S>
+using DecodeCursor =
+    std::conditional_t<S::kRuns, DecodeRunCursor<Element, S>, DecodePairCursor<Element, S>>;
 
 }  // namespace marlin::cuda::sm90

@@ -129,7 +129,9 @@ void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cud
   describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.row_tiles = plan.row_tiles;
   p.token_tiles = plan.token_tiles;
-  p.deal = plan.deal();
+  p.deal = plan::DecodeDeal::of(plan.blocks, plan.cluster, plan.row_tiles * plan.token_tiles);
+  p.stages = plan.stages;
+  p.runs = plan.runs();
   p.partials = operands.partials;
   p.partial_flags =
       reinterpret_cast<uint64_t*>(operands.partials + int64_t{plan.blocks} * tile.partial_floats());
