@@ -372,13 +372,16 @@ TEST(Plan, DecodeSharesTilesOverMemoryWhereThatIsFaster) {
   const auto runs = [](int64_t m, int64_t n, int64_t k) {
     Problem problem{m, n, k, 128, device_of(90, 132)};
     problem.device.wgmma = true;
-    return select_decode(problem)->kernel.tile.runs;
+    const auto plan = select_decode(problem);
+    return plan && plan->kernel.tile.runs;
   };
   for (const int m : {1, 16, 32, 40, 64, 96, 128}) {
     EXPECT_TRUE(runs(m, 5120, 27648)) << m;  // on an H200 8 to 36% faster
     EXPECT_FALSE(runs(m, 5120, 5120)) << m;  // 2 to 19% slower
     EXPECT_FALSE(runs(m, 4096, 4096)) << m;  // 34 to 40% slower
     EXPECT_FALSE(runs(m, 8192, 8192)) << m;
+    EXPECT_FALSE(runs(m, 57344, 8192)) << m;
+    EXPECT_FALSE(runs(m, 73728, 18432)) << m;
   }
 }
 
