@@ -18,6 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import meta
+from benchmarks.arguments import positive, positives
 from benchmarks.e2e_check import BOUND, error_of_tiny_model
 from benchmarks.e2e_model import MODELS, PLAIN, Sizes, compiled_pieces
 from benchmarks.e2e_step import Measured, Point, measure_model, release
@@ -176,19 +177,6 @@ def write(args: argparse.Namespace, rows: list[Row], partial: str) -> None:
     unfinished = args.json.with_name(args.json.name + ".part")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     unfinished.replace(args.json)  # a run that is killed leaves the last whole file
-
-
-def positive(text: str) -> int:
-    """A positive integer of the command line."""
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a positive integer")
-    return value
-
-
-def positives(text: str) -> list[int]:
-    """Positive integers of the command line, between commas."""
-    return [positive(part) for part in text.split(",")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

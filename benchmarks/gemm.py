@@ -14,6 +14,7 @@ import torch
 
 import marlin  # noqa: F401 - loads the ops
 from benchmarks import meta, peers, shapes, timing
+from benchmarks.arguments import layer, positives
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -140,12 +141,13 @@ def peers_us(names: list[str], n: int, k: int, m: int, group_size: int) -> dict[
     return out
 
 
-def points(only: list[str] | None, ms: list[int] | None) -> Iterator[tuple[int, int, int]]:
-    """The (n, k, m) to measure: all, or the given ``NxK`` and ``m``."""
+def points(
+    only: list[tuple[int, int]] | None, ms: list[int] | None
+) -> Iterator[tuple[int, int, int]]:
+    """The (n, k, m) to measure: all, or the given layers and ``m``."""
     wanted = shapes.GEMM_POINTS
     if only:
-        pairs = [tuple(int(v) for v in name.split("x")) for name in only]
-        wanted = {(n, k): shapes.GEMM_POINTS.get((n, k), (1, 16, 64)) for n, k in pairs}
+        wanted = {pair: shapes.GEMM_POINTS.get(pair, (1, 16, 64)) for pair in only}
     for (n, k), default_ms in wanted.items():
         for m in ms or default_ms:
             yield n, k, m
@@ -214,11 +216,9 @@ def summarise(rows: list[Row]) -> None:
 def add_point_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say what to measure."""
     parser.add_argument(
-        "--shape", action="append", metavar="NxK", help="only this layer; may repeat"
+        "--shape", type=layer, action="append", metavar="NxK", help="only this layer; may repeat"
     )
-    parser.add_argument(
-        "--m", type=lambda s: [int(v) for v in s.split(",")], help="tokens, e.g. 1,16"
-    )
+    parser.add_argument("--m", type=positives, help="tokens, e.g. 1,16")
     parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128, -1))
     parser.add_argument("--dtype", default="float16", choices=DTYPES)
     parser.add_argument("--zeros", action="store_true", help="asymmetric: with zero points")

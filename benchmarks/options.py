@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import gemm, meta, sweep, timing
+from benchmarks.arguments import layer, positives
 
 OPTIONS = {  # group size, dtype, whether with zero points; what the others compare with first
     "group 128": (128, torch.float16, False),
@@ -24,8 +25,8 @@ DEFAULT_M = (1, 16, 64, 128, 256, 2048)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks options``."""
     parser.add_argument("--variant", choices=("dense", "24"), default="dense")
-    parser.add_argument("--shape", action="append", metavar="NxK", help="may repeat")
-    parser.add_argument("--m", type=lambda s: [int(v) for v in s.split(",")], default=DEFAULT_M)
+    parser.add_argument("--shape", type=layer, action="append", metavar="NxK", help="may repeat")
+    parser.add_argument("--m", type=positives, default=DEFAULT_M, help="tokens, e.g. 1,16")
     parser.add_argument("--commit", help="what to record, where the checkout has no git history")
     parser.add_argument("--json", type=Path, help="where to write the results")
 
@@ -34,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints each time and its ratio to the first option's, writes the JSON if asked."""
     print(f"{'N x K':>14} {'M':>5}", *(f"{name:>16}" for name in OPTIONS))
     results: dict[str, dict[str, dict[str, float]]] = {}
-    for shape in args.shape or sweep.DEFAULT_SHAPES:
-        n, k = (int(v) for v in shape.split("x"))
+    for n, k in args.shape or sweep.DEFAULT_SHAPES:
+        shape = f"{n}x{k}"
         for m in args.m:
             us = {}
             for name, (group_size, dtype, zeros) in OPTIONS.items():

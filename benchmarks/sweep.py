@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import gemm, meta
+from benchmarks.arguments import layer, positive
 
-DEFAULT_SHAPES = ["8192x8192", "4096x14336"]
+DEFAULT_SHAPES = [(8192, 8192), (4096, 14336)]  # N x K
 METHOD = (
     "time per call inside one CUDA graph that walks over at least 320 MB of distinct weights (cold "
     "L2), several times where that takes less than 1 ms; random weights and activations, "
@@ -26,8 +27,8 @@ def steepest(us: dict[int, float]) -> tuple[float, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks sweep``."""
-    parser.add_argument("--shape", action="append", metavar="NxK", help="may repeat")
-    parser.add_argument("--last", type=int, default=512, help="the largest M")
+    parser.add_argument("--shape", type=layer, action="append", metavar="NxK", help="may repeat")
+    parser.add_argument("--last", type=positive, default=512, help="the largest M")
     parser.add_argument("--commit", help="what to record, where the checkout has no git history")
     parser.add_argument("--json", type=Path, help="where to write the results")
 
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints every 16th M and the steepest step, and writes the JSON if asked to."""
     results = {}
-    for shape in args.shape or DEFAULT_SHAPES:
-        n, k = (int(v) for v in shape.split("x"))
+    for n, k in args.shape or DEFAULT_SHAPES:
+        shape = f"{n}x{k}"
         us = gemm.marlin_us_of_each(n, k, range(1, args.last + 1))
         results[shape] = {str(m): round(t, 2) for m, t in us.items()}
         for m in us:
