@@ -89,7 +89,8 @@ def multiply_on_hopper() -> None:
             w, dense = weights[kernel["sparse"]]
             rounded = kernel["rounds_weights"]
             # Blocks that share tiles over memory read flags that nobody has cleared (see
-            # decode_finish.cuh): torch clears them here, so that initcheck does not mind.
+            # decode_finish.cuh): here torch fills the scratch, so that initcheck does not mind. Nor
+            # does it then see partial sums that nobody left.
             torch.use_deterministic_algorithms(kernel["name"].endswith("_runs"))
             y = w.gemm(x)
             torch.use_deterministic_algorithms(False)

@@ -178,7 +178,7 @@ def test_tiles_shared_over_memory() -> None:
             results = []
             for i in range(400):
                 with torch.cuda.stream(streams[i % 4]):
-                    for size in (2**17, 2**19):  # what is freed here is scratch next
+                    for size in (2**17, 2**20):  # what is freed here is scratch next
                         torch.randint(-(2**62), 2**62, (size,), device="cuda")
                     results.append((weight.gemm(x) == expected).all())
             torch.cuda.synchronize()

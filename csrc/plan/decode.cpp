@@ -103,7 +103,7 @@ std::optional<DecodePlan> select_for_few_tokens(const Problem& problem, bool run
 bool suits(const DecodeKernel& kernel, const Problem& p) {
   constexpr int64_t kMost = 384, kWide = 16384, kMostNarrow = 448, kNarrow = 4096;
   const bool one_tile = p.m <= kernel.tile.tokens;
-  const int64_t most = p.n <= kNarrow ? kMostNarrow : kMost;
+  const int64_t most = !p.sparse && p.n <= kNarrow ? kMostNarrow : kMost;
   return kernel.tile.many_tokens() && p.m <= most && (one_tile || p.n <= kWide);
 }
 

@@ -157,7 +157,8 @@ struct DecodeRuns {
 
 // The run of one block: stages begin .. end - 1 of all, of `tiles` tiles, the last of which is done first.
 // Of a tile that several blocks share, the one with the last stages thus does them last, and waits for the
-// sums of the others, which do theirs first. They have lower numbers, and are started before it.
+// sums of the others, which do theirs first. They have lower numbers, and hardware starts blocks in the order of
+// their numbers, though CUDA does not promise it: so those that are waited for run, whatever else runs.
 struct DecodeRun {
   int begin, end, last, tiles;
 

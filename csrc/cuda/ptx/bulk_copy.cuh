@@ -1,5 +1,5 @@
-// Barriers in shared memory and the bulk copies that complete on them, clusters, and programmatic
-// dependent launch. PTX ISA, "mbarrier", "cp.async.bulk", "griddepcontrol", sm_90 and later.
+// Barriers in shared memory and the bulk copies that complete on them, flags between blocks, clusters, and
+// programmatic dependent launch. PTX ISA, "mbarrier", "cp.async.bulk", "griddepcontrol", sm_90 and later.
 #pragma once
 
 #include <cuda.h>

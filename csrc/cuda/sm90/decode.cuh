@@ -12,8 +12,9 @@
 // scales and zero points, one of activations; kRowTiles * kSplits consumer warpgroups convert and
 // multiply, and take turns at stages: stage i belongs to split i % kSplits. They leave their sums in
 // shared memory and go on with the next tile, while a finisher warp adds the splits in order and
-// stores; those of the last tile they add and store themselves. Where the tiles do not go round, pairs of
-// blocks share one (plan::DecodeShare), or, in kernels for that, any blocks some (plan::DecodeRun).
+// stores; those of the last tile, with runs also of one before a short rest, they add and store
+// themselves. Where the tiles do not go round, pairs of blocks share one (plan::DecodeShare), or, in
+// kernels for that, any blocks some (plan::DecodeRun).
 //
 // Programmatic dependent launch: with `static_weights` the producers fill the ring with weights while
 // the previous kernel still runs; activations are read, and outputs written, only after it has

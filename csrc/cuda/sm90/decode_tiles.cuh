@@ -88,7 +88,7 @@ struct DecodeBarriers {
   // Of the buffer of sums.
   __device__ uint32_t sums_full() const { return input_empty() + 8 * S::kInputStages; }
   __device__ uint32_t sums_free() const { return sums_full() + 8; }
-  // Of what the other block of a pair sends.
+  // Of what the other block of a pair sends; with kRuns, of all that other blocks leave.
   __device__ uint32_t received(int pass) const { return sums_free() + 8 + 8 * pass; }
 
   // Those that the first copies of weights need, by the warp that asks for them.
