@@ -12,8 +12,7 @@ namespace marlin::plan {
 struct DecodeTile {
   int tokens, row_tiles, splits, stage_blocks, blocks_per_sm, input_stages;
   bool sparse = false;  // 2:4: a block of 64 x 64 stored weights covers 128 columns
-  bool runs =
-      false;  // blocks share tiles over global memory (DecodeRun), otherwise in pairs (DecodeShare)
+  bool runs = false;    // blocks share tiles over global memory (DecodeRun), not in pairs
 
   // Whether weights are scaled before they are multiplied, rather than the sums of groups after.
   constexpr bool scales_weights() const { return tokens > 96 && row_tiles > 1; }
@@ -139,6 +138,9 @@ struct Divisor {
                             32);
   }
 };
+static_assert(Divisor::of(1).quotient(0x7ffffffe) == 0x7ffffffe);
+static_assert(Divisor::of(3).quotient(8) == 2 && Divisor::of(3).quotient(9) == 3);
+static_assert(Divisor::of(0x7fffffff).quotient(0x7ffffffe) == 0);
 
 // How a launch whose blocks share tiles over memory deals out the stages of all of them: equal runs but
 // for one, k fastest.
@@ -159,6 +161,10 @@ struct DecodeRuns {
 // Of a tile that several blocks share, the one with the last stages thus does them last, and waits for the
 // sums of the others, which do theirs first. They have lower numbers, and hardware starts blocks in the order of
 // their numbers, though CUDA does not promise it: so those that are waited for run, whatever else runs.
+//
+//     tile      0       1       2         3 tiles of 4 stages for 5 blocks: two have a stage more.
+//     stage     0123    0123    0123      Block 1 does stages 0 and 1 of tile 1 and leaves their sums;
+//     block     0001    1122    3344      then stage 3 of tile 0, adds what block 0 has left, and stores.
 struct DecodeRun {
   int begin, end, last, tiles;
 
@@ -177,6 +183,14 @@ struct DecodeRun {
     return end_of_run < stages ? end_of_run : stages;
   }
 };
+namespace example {  // the picture above
+inline constexpr DecodeRuns kRuns = DecodeRuns::of(5, 3, 4);
+inline constexpr DecodeRun kBlock1 = DecodeRun::of(kRuns, 1);
+static_assert(kRuns.each == 2 && kRuns.more == 2 && kRuns.share_tiles());
+static_assert(kBlock1.last == 1 && kBlock1.tiles == 2);
+static_assert(kBlock1.first_stage(1, 4) == 0 && kBlock1.end_stage(1, 4) == 2);
+static_assert(kBlock1.first_stage(0, 4) == 3 && kBlock1.end_stage(0, 4) == 4);
+}  // namespace example
 
 struct DecodePlan {
   DecodeKernel kernel;
