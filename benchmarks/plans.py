@@ -33,6 +33,8 @@ def candidates(m: int, variant: str) -> Iterator[tuple[int, str, int, int]]:
             continue
         if kernel["any_m"] or kernel["tokens"] >= m:
             for partition in PARTITIONS[kernel["family"]]:
+                if kernel["runs"] and partition[0] > 1:
+                    continue  # takes no clusters
                 yield kernel["id"], kernel["name"], *partition
 
 

@@ -6,8 +6,9 @@ def plans() -> list[dict[str, Any]]:
     """Every compiled GEMM kernel: id, name, tile, threads, shared memory, and why it exists.
 
     ``sparse``: for 2:4 sparse weights, or else for dense ones. ``any_m``: takes more
-    tokens than a tile holds. ``rounds_weights``: multiplies by what ``dequantize`` makes of them,
-    or else by their exact values.
+    tokens than a tile holds. ``runs``: any of its blocks may share a tile, over global memory; it
+    takes no clusters. ``rounds_groups``: the group sizes, of 32, 64 and 128 (and all above),
+    whose weights it multiplies as ``dequantize`` rounds them; the exact values of others.
     """
 
 def plan_for(
@@ -25,9 +26,10 @@ def plan_for(
 
     ``sparse``: of a 2:4 sparse weight. ``sm`` is the compute capability times ten, ``sms`` the
     number of multiprocessors. How many clusters of blocks fit is guessed from it; a call asks the
-    device, and may differ. Raises
-    ``ValueError`` for sizes below 1, another group size, or a K of a 2:4 sparse weight that is no
-    multiple of 4; ``RuntimeError`` where no kernel runs.
+    device, and may differ. Of what is returned, ``rounds_weights`` says whether weights are
+    multiplied as ``dequantize`` rounds them, or else their exact values. Raises ``ValueError`` for
+    sizes below 1, another group size, or a K of a 2:4 sparse weight that is no multiple of 4;
+    ``RuntimeError`` where no kernel runs.
     """
 
 def build_info() -> dict[str, str]:

@@ -29,6 +29,10 @@ class Weight:
         return self.q.size(1)
 
     @property
+    def group_size(self) -> int:
+        return reference.group_size_of(self.k, self.scales.size(0))
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What the op takes after the input."""
         return self.qweight, self.scales, self.zeros, self.perm, self.bias
@@ -106,6 +110,10 @@ class Weight24:
     scales: Tensor
     zeros: Tensor | None
     bias: Tensor | None
+
+    @property
+    def group_size(self) -> int:
+        return reference.group_size_of(self.dense.size(1), self.scales.size(0))
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -5,6 +5,8 @@ Nothing here calls the extension. The index maps restate the specification in ``
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,14 +109,19 @@ def places_of(meta: Tensor, n: int, k: int) -> Tensor:
     return places.view(nb * 64, kb * 32, 2)[:n, : k // 4]
 
 
-def group_of_column(k: int, groups: int) -> Tensor:
-    """The group of each packed column: int64 [k]."""
+def group_size_of(k: int, groups: int) -> int:
+    """32, 64, 128, or -1 for one group."""
     if groups == 1:
-        return torch.zeros(k, dtype=torch.int64)
+        return -1
     sizes = [g for g in (32, 64, 128) if ceil_div(k, g) == groups]
     if len(sizes) != 1:
         raise ValueError(f"{groups} groups do not fit k={k}")
-    return torch.arange(k) // sizes[0]
+    return sizes[0]
+
+
+def group_of_column(k: int, groups: int) -> Tensor:
+    """The group of each packed column: int64 [k]."""
+    return torch.arange(k) // (k if groups == 1 else group_size_of(k, groups))
 
 
 def dequantize64(
@@ -180,14 +187,21 @@ def rms(t: Tensor) -> float:
     return float(t.double().square().mean().sqrt())
 
 
-def rounds_weights(m: int, n: int, k: int, *, sparse: bool = False) -> bool:
+def rounds_weights(m: int, n: int, k: int, *, group_size: int = 128, sparse: bool = False) -> bool:
     """Whether the GEMM that the planner takes on this GPU rounds weights to the inputs' type."""
     from marlin import _inspect
 
     major, minor = torch.cuda.get_device_capability()
     sms = torch.cuda.get_device_properties().multi_processor_count
-    plan = _inspect.plan_for(m, n, k, sparse=sparse, sm=10 * major + minor, sms=sms)
-    return bool(plan["kernel"]["rounds_weights"])
+    plan = _inspect.plan_for(
+        m, n, k, group_size=group_size, sparse=sparse, sm=10 * major + minor, sms=sms
+    )
+    return bool(plan["rounds_weights"])
+
+
+def kernel_rounds(kernel: dict[str, Any], group_size: int) -> bool:
+    """The same of one kernel of ``_inspect.plans()``."""
+    return (128 if group_size == -1 else group_size) in kernel["rounds_groups"]
 
 
 def assert_close(
@@ -197,6 +211,7 @@ def assert_close(
     bias: Tensor | None = None,
     *,
     rounded: bool | None = None,
+    group_size: int = 128,
     sparse: bool = False,
 ) -> None:
     """y against x times the fp64 weight [N, K].
@@ -204,12 +219,17 @@ def assert_close(
     Element by element within :func:`error_bound`; and as a whole within 1.1 times the error of
     rounding the exact result once, which a second rounding on the way (1.4 times) would exceed.
     Where the kernel multiplies weights ``rounded`` to x's type, as ``dequantize`` returns them, the
-    reference does so too. None: as :func:`rounds_weights` says, of a 2:4 ``sparse`` weight or not.
+    reference does so too. None: as :func:`rounds_weights` says, of a weight with groups of
+    ``group_size``, 2:4 ``sparse`` or not.
     """
     x64, w64 = x.double(), weight64.to(x.device)
     if rounded is None:
         rows = y.numel() // max(y.size(-1), 1)
-        rounded = x.is_cuda and rows > 0 and rounds_weights(rows, *weight64.shape, sparse=sparse)
+        rounded = (
+            x.is_cuda
+            and rows > 0
+            and rounds_weights(rows, *weight64.shape, group_size=group_size, sparse=sparse)
+        )
     if rounded:
         w64 = w64.float().to(x.dtype).double()
     reference, magnitudes = x64 @ w64.T, x64.abs() @ w64.abs().T

@@ -39,7 +39,8 @@ def multiply_with(make: Maker, shapes: tuple[tuple[int, int, int], ...], family:
                             rounded = False if id >= 0 else None
                             reference.assert_close(
                                 w.gemm(x), x, dense, w.bias,
-                                rounded=rounded, sparse=make is make_weight_24,
+                                rounded=rounded, group_size=group_size,
+                                sparse=make is make_weight_24,
                             )  # fmt: skip
     _inspect.force_plan()
 
@@ -63,7 +64,9 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
         if kernel["family"].startswith("sm80"):
             continue
         few = not kernel["family"].startswith("sm90_prefill")
-        clusters = [(1, 1), (2, 1)] if few else [(1, 1), (2, 1), (3, 1)]
+        clusters = (
+            [(1, 1)] if kernel["runs"] else [(1, 1), (2, 1)] if few else [(1, 1), (2, 1), (3, 1)]
+        )
         if not few and not kernel["sparse"]:
             clusters.append((2, 2))
         for cluster, shares in clusters:
@@ -87,11 +90,11 @@ def multiply_on_hopper() -> None:
             _inspect.force_plan(kernel["id"], **partition)
             x = make_input(m, 700, dtype=dtype, device="cuda")
             w, dense = weights[kernel["sparse"]]
-            rounded = kernel["rounds_weights"]
+            rounded = reference.kernel_rounds(kernel, group_size)
             # Blocks that share tiles over memory read flags that nobody has cleared (see
             # decode_finish.cuh): here torch fills the scratch, so that initcheck does not mind. Nor
             # does it then see partial sums that nobody left.
-            torch.use_deterministic_algorithms(kernel["name"].endswith("_runs"))
+            torch.use_deterministic_algorithms(kernel["runs"])
             y = w.gemm(x)
             torch.use_deterministic_algorithms(False)
             reference.assert_close(y, x, dense, w.bias, rounded=rounded)

@@ -28,7 +28,7 @@ def check(
     y = weight.gemm(x)
     assert y.shape == (m, n)
     assert y.dtype == dtype
-    reference.assert_close(y, x, weight.dense64(), weight.bias)
+    reference.assert_close(y, x, weight.dense64(), weight.bias, group_size=weight.group_size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,7 +38,7 @@ def test_every_m(device: str, dtype: torch.dtype) -> None:
     dense = weight.dense64()
     for m in [*EVERY_M, 1024, 4099]:
         x = make_input(m, k, dtype=dtype, device=device, seed=m)
-        reference.assert_close(weight.gemm(x), x, dense, weight.bias)
+        reference.assert_close(weight.gemm(x), x, dense, weight.bias, group_size=64)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,7 +58,7 @@ def test_large_shapes(shape: tuple[int, int]) -> None:
         dense = w.dense64()
         for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 300):
             x = make_input(m, shape[1], dtype=w.scales.dtype, device="cuda", seed=m)
-            reference.assert_close(w.gemm(x), x, dense)
+            reference.assert_close(w.gemm(x), x, dense, group_size=w.group_size)
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -143,12 +143,14 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
             if family != "sm80" and torch.cuda.get_device_capability() != (9, 0):
                 continue
             for cluster, input_shares in CLUSTERS[family]:
+                if kernel["runs"] and cluster > 1:
+                    continue  # it takes none
                 _inspect.force_plan(
                     kernel["id"], sms=sms, cluster=cluster, input_shares=input_shares
                 )
                 for x in inputs:
                     if kernel["any_m"] or x.shape[0] <= kernel["tokens"]:
-                        rounded = kernel["rounds_weights"]
+                        rounded = reference.kernel_rounds(kernel, weight.group_size)
                         reference.assert_close(
                             weight.gemm(x), x, dense, weight.bias, rounded=rounded
                         )
@@ -166,14 +168,15 @@ def test_tiles_shared_over_memory() -> None:
 
     weight = make_weight(5056, 2048, device="cuda")
     streams = [torch.cuda.Stream() for _ in range(4)]
-    kernels = [k for k in _inspect.plans() if k["name"].endswith("_runs") and not k["sparse"]]
+    kernels = [k for k in _inspect.plans() if k["runs"] and not k["sparse"]]
     assert kernels
     try:
         for kernel in kernels:
             _inspect.force_plan(kernel["id"])
             x = make_input(kernel["tokens"] - 1, 2048, dtype=torch.float16, device="cuda")
             expected = weight.gemm(x)
-            reference.assert_close(expected, x, weight.dense64(), rounded=False)
+            rounded = reference.kernel_rounds(kernel, weight.group_size)
+            reference.assert_close(expected, x, weight.dense64(), rounded=rounded)
             torch.cuda.synchronize()
             results = []
             for i in range(400):
@@ -209,7 +212,7 @@ def test_one_hot_inputs_through_every_kernel(dtype: torch.dtype) -> None:
             if kernel["family"] != "sm80" and torch.cuda.get_device_capability() != (9, 0):
                 continue
             few = kernel["family"] == "sm90_decode"
-            for cluster in (1, 2) if few else (1,):
+            for cluster in (1, 2) if few and not kernel["runs"] else (1,):
                 _inspect.force_plan(kernel["id"], cluster=cluster)
                 for m in {min(kernel["tokens"], k), kernel["tokens"] if few else k}:
                     for first in range(0, k, m):

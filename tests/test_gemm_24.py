@@ -35,7 +35,7 @@ def check(
     y = w.gemm(x)
     assert y.shape == (m, n)
     assert y.dtype == dtype
-    reference.assert_close(y, x, w.dense64(), w.bias, sparse=True)
+    reference.assert_close(y, x, w.dense64(), w.bias, group_size=w.group_size, sparse=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,7 +65,7 @@ def test_every_number_of_tokens(device: str, dtype: torch.dtype) -> None:
         x = make_input(m, k, dtype=dtype, device=device, seed=m)
         y = w.gemm(x)
         assert y.shape == (m, n)
-        reference.assert_close(y, x, dense, w.bias, sparse=True)
+        reference.assert_close(y, x, dense, w.bias, group_size=64, sparse=True)
 
 
 @pytest.mark.gpu
@@ -77,7 +77,7 @@ def test_large_shapes(shape: tuple[int, int]) -> None:
         dense = w.dense64()
         for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 300):
             x = make_input(m, shape[1], dtype=w.scales.dtype, device="cuda", seed=m)
-            reference.assert_close(w.gemm(x), x, dense, sparse=True)
+            reference.assert_close(w.gemm(x), x, dense, group_size=w.group_size, sparse=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,10 +15,11 @@ namespace py = pybind11;
 namespace marlin::inspect {
 namespace {
 
-// `any_m`: more tokens than a tile holds make several tiles. `rounds_weights`: to the activations' type.
-template <typename Kernel>
+// `any_m`: more tokens than a tile holds make several tiles. `rounds`: whether weights that have scales every
+// so many columns are rounded to the activations' type.
+template <typename Kernel, typename Rounds>
 py::dict describe(const Kernel& kernel, const char* family, int stages, int shared_bytes,
-                  bool any_m, bool rounds_weights) {
+                  bool any_m, bool runs, Rounds&& rounds) {
   py::dict out;
   out["id"] = plan::number_of(kernel);
   out["name"] = kernel.name();
@@ -31,26 +32,32 @@ py::dict describe(const Kernel& kernel, const char* family, int stages, int shar
   out["shared_bytes"] = shared_bytes;
   out["sparse"] = kernel.tile.sparse;
   out["any_m"] = any_m;
-  out["rounds_weights"] = rounds_weights;
+  out["runs"] = runs;
+  py::list rounded;
+  for (const int period : {32, 64, 128}) {
+    if (rounds(period)) rounded.append(period);
+  }
+  out["rounds_groups"] = rounded;
   out["reason"] = kernel.reason;
   return out;
 }
 
 py::dict describe(const plan::Kernel& kernel) {
   return describe(kernel, kernel.family, kernel.tile.stages, kernel.tile.shared_bytes(), true,
-                  false);
+                  false, [](int) { return false; });
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
   const plan::DecodeTile& tile = kernel.tile;
   return describe(kernel, tile.sparse ? "sm90_decode_24" : "sm90_decode", tile.stages(128),
-                  tile.shared_bytes(128), tile.many_tokens(), tile.scales_weights());
+                  tile.shared_bytes(128), tile.many_tokens(), tile.runs,
+                  [&](int period) { return tile.scales_weights(period); });
 }
 
 py::dict describe(const plan::PrefillKernel& kernel) {
   const plan::PrefillTile& tile = kernel.tile;
   return describe(kernel, tile.sparse ? "sm90_prefill_24" : "sm90_prefill", tile.stages(),
-                  tile.shared_bytes(), true, true);
+                  tile.shared_bytes(), true, false, [](int) { return true; });
 }
 
 py::list plans() {
@@ -94,6 +101,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["token_tiles"] = decode->token_tiles;
     out["stages_per_tile"] = decode->stages;
     out["workspace_bytes"] = decode->partial_bytes();
+    out["rounds_weights"] = decode->kernel.tile.scales_weights(decode->period);
     return out;
   }
   if (const auto prefill = plan::select_prefill(problem)) {
@@ -107,6 +115,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["token_group"] = prefill->token_group;
     out["stages_per_block"] = prefill->stages_per_block;
     out["workspace_bytes"] = 0;
+    out["rounds_weights"] = true;
     return out;
   }
   const plan::Plan plan = plan::select(problem);
@@ -119,6 +128,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
   out["units_per_block"] = part.units_per_block;
   out["splits_tiles"] = part.splits_tiles();
   out["workspace_bytes"] = plan.workspace_bytes;
+  out["rounds_weights"] = false;
   return out;
 }
 

@@ -14,15 +14,20 @@ struct DecodeTile {
   bool sparse = false;  // 2:4: a block of 64 x 64 stored weights covers 128 columns
   bool runs = false;    // blocks share tiles over global memory (DecodeRun), not in pairs
 
-  // Whether weights are scaled before they are multiplied, rather than the sums of groups after.
-  constexpr bool scales_weights() const { return tokens > 96 && row_tiles > 1; }
+  // Whether weights are scaled before they are multiplied, rather than the sums of groups of `period` columns
+  // after. A step costs a thread 4 operations for its weights, and tokens / 2 * step_k() / period for its
+  // sums, which besides have to be waited for. (us, sums and weights, H200. Groups of 128: 27.0 and 25.4 at
+  // 4096 x 14336, M = 128; 16.8 and 17.3 at 8192 x 8192, M = 64, but 14.1 and 13.1 where 2:4. Groups of 32: 21.5 and
+  // 17.9; 15.6 and 14.2 at M = 32; 12.2 and 12.3 at M = 16.)
+  constexpr bool scales_weights(int period) const { return tokens / 2 * step_k() >= 7 * period; }
 
   // There may then be more tokens than a tile holds.
   constexpr bool many_tokens() const { return tokens > 64; }
   constexpr bool holds(int64_t m) const { return m <= tokens || many_tokens(); }
 
   constexpr int rows() const { return 64 * row_tiles; }
-  constexpr int stage_k() const { return (sparse ? 128 : 64) * stage_blocks; }
+  constexpr int step_k() const { return sparse ? 32 : 16; }  // columns of a multiplication
+  constexpr int stage_k() const { return 4 * step_k() * stage_blocks; }
   constexpr int consumers() const { return 128 * row_tiles * splits; }
   constexpr int threads() const { return consumers() + 128; }  // and a warpgroup of helpers
 
@@ -53,7 +58,7 @@ struct DecodeTile {
   constexpr int sum_stride() const { return rows() + 4; }
   constexpr int sum_bytes() const { return splits * pass_tokens() * sum_stride() * 4; }
   constexpr int partial_floats() const { return tokens * rows(); }
-  constexpr int received_bytes() const { return tokens * rows() / 2 * 4; }
+  constexpr int received_bytes() const { return runs ? 0 : tokens * rows() / 2 * 4; }
   constexpr int sums_at(int period) const {
     return zeros_at(period) + stages(period) * zero_bytes(period);
   }

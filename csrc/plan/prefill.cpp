@@ -92,7 +92,7 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int inpu
 // A stage of 64 columns costs something of its own and something for every piece of the tile; a tile, its
 // epilogue, which for a cluster means two barriers and the exchange of the sums. That was fitted to windows of
 // 10 ms; replays after a rest take 0.89 of it, and 2:4 sparse weights 1.45 times as much, for stages of
-// twice the columns.
+// twice the columns, but more where a tile has few pieces, so that few warpgroups work.
 double estimated_us(const PrefillPlan& plan) {
   const PrefillTile& tile = plan.kernel.tile;
   const double per_piece = std::max(0.05 + 0.0011 * tile.tokens, 0.00148 * tile.tokens);
@@ -105,7 +105,8 @@ double estimated_us(const PrefillPlan& plan) {
   const auto tiles = static_cast<double>(ceil_div(each, tile.row_blocks));
   const double blocks = static_cast<double>(plan.stages_per_block) * tile.stage_blocks;
   const double pace = tile.sparse ? 0.89 * 1.45 : 0.89;
-  return pace * (blocks * (pieces * per_piece + tiles * per_stage) + tiles * finish);
+  const double few = tile.sparse ? 0.35 + 0.085 * pieces : 0;
+  return pace * (blocks * std::max(pieces * per_piece + tiles * per_stage, few) + tiles * finish);
 }
 
 std::optional<PrefillPlan> select_prefill(const Problem& problem) {

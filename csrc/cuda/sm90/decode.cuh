@@ -5,8 +5,7 @@
 //
 // or, where weights are 2:4 sparse (DecodeShape::kSparse), the sum over the columns that are stored: then
 // an instruction takes 32 columns instead of 16, and their places, which come with the weights.
-// The largest tiles scale weights instead (S::kScalesWeights); 2:4 sparse weights bring metadata along
-// (S::kSparse).
+// With many tokens or short groups weights are scaled instead (S::kScalesWeights).
 //
 // Roles: three producer warps fill two rings by bulk copies, one of weights as they lie with their
 // scales and zero points, one of activations; kRowTiles * kSplits consumer warpgroups convert and

@@ -1,8 +1,8 @@
 // A consumer warpgroup of a decode kernel (decode.cuh): converts and multiplies.
 //
 // With few tokens, weights go into the tensor core as exact integers, and a group's scale is applied in
-// fp32 to the group's sum: fewer instructions a weight. With many, the wait for the sum of every group
-// would cost more than scaling weights (34.5 us, and 29.8, at 8192 x 8192, M = 128, H200).
+// fp32 to the group's sum: fewer instructions a weight. With many tokens or short groups that is more work
+// than scaling weights, and sums have to be waited for (plan::DecodeTile::scales_weights).
 #pragma once
 
 #include "cuda/element.cuh"
@@ -33,6 +33,8 @@ struct DecodeConsumer {
   }
 
   static constexpr int kPassStored = 3;  // a barrier of the block
+  // Whose weights are loaded at a time.
+  static constexpr int kBlocks = S::kStageBlocks % 2 == 0 ? 2 : 1;
 
   // This split's stages: every kSplits-th of all that the block does.
   __device__ void run() {
@@ -44,13 +46,17 @@ struct DecodeConsumer {
       end += work.stages();
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
-      if constexpr (S::kScalesWeights) {
-        next = multiply_scaled(next, end);
+      if constexpr (kConvertsAhead) {
+        next = multiply_ahead(next, end);
       } else {
 #pragma unroll 1
         for (; next < end; next += S::kSplits) {
           place.wait_for_weights();
-          multiply();
+          if constexpr (S::kScalesWeights) {
+            multiply_scaled();
+          } else {
+            multiply();
+          }
           place.release();
           place.advance();
         }
@@ -82,11 +88,47 @@ struct DecodeConsumer {
   }
 
   // --- weights scaled in registers ----------------------------------------------------------------
+  // Rounded to the activations' type as `dequantize` rounds them.
 
-  // Stages `next`, next + kSplits, ... < end; returns the first that is not. Weights are rounded to the
-  // activations' type as `dequantize` rounds them. Multiplications of a stage are still under way while
-  // the next stage's weights are converted; then it is given back.
-  __device__ int multiply_scaled(int next, int end) {
+  // One stage, some blocks at a time: all their weights are converted before the first is multiplied, so
+  // that the tensor core is asked for much at once, while other warpgroups convert. Multiplied one by one
+  // as below they take longer: 19.0 us, and 17.3, at 8192 x 8192, M = 64.
+  __device__ void multiply_scaled() {
+    constexpr int kSteps = kBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
+    constexpr int kGroups = kSteps > kGroupSteps ? kSteps / kGroupSteps : 1;
+    const uint64_t b = place.input_descriptor();
+#pragma unroll
+    for (int block = 0; block < S::kStageBlocks; block += kBlocks) {
+      const int first = block * 4;  // step of the stage
+      Packed packed[kBlocks];
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) packed[i] = load(block + i);
+      uint32_t scale[kGroups][2], subtrahend[kGroups][2], a[kSteps][4];
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        load_factor_pairs(scale[g], subtrahend[g], first / kGroupSteps + g);
+      }
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        convert<Element>(a[i], (&packed[i / 4].words.x)[i % 4], subtrahend[i / kGroupSteps]);
+        multiply_pairs<Element>(a[i], scale[i / kGroupSteps]);
+      }
+      if (block == 0) place.wait_for_input();
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        multiply_step(sums, a[i], packed[i / 4].meta, b, first + i, true);
+      }
+      ptx::wgmma_commit();
+      wait_for_sums();
+    }
+  }
+
+  // Where a block has but two warpgroups, both have to multiply at any time. Stages `next`, next + kSplits,
+  // ... < end; returns the first that is not. Multiplications of a stage are still under way while the next
+  // stage's weights are converted; then it is given back.
+  static constexpr bool kConvertsAhead = S::kScalesWeights && S::kSplits == 1;
+  __device__ int multiply_ahead(int next, int end) {
     constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
     if (next >= end) return next;
     uint32_t a[4][4];
@@ -121,13 +163,17 @@ struct DecodeConsumer {
       }
       place.advance();
     }
+    wait_for_sums();
+    place.release_previous();
+    return next;
+  }
+
+  __device__ void wait_for_sums() {
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) {
       asm volatile("" : "+f"(sums[i])::"memory");  // not read before the wait
     }
-    place.release_previous();
-    return next;
   }
 
   // --- exact integers, a group's sum scaled -------------------------------------------------------
@@ -135,8 +181,7 @@ struct DecodeConsumer {
   // One stage, in spans of columns whose multiplications are all under way before the first is waited
   // for: as many groups as there are registers for the sums of.
   __device__ void multiply() {
-    constexpr int kBlocks = S::kStageBlocks % 2 == 0 ? 2 : 1;  // whose weights are loaded at a time
-    constexpr int kSteps = S::kPeriod / S::kStepColumns;       // between scales
+    constexpr int kSteps = S::kPeriod / S::kStepColumns;  // between scales
     // Two blocks, or one where two blocks of threads share the registers; with many tokens, one group.
     constexpr int kSpan = S::kBlocksPerSm == 1 ? 4 * kBlocks : 4;
     constexpr bool kTight =
@@ -167,7 +212,7 @@ struct DecodeConsumer {
 
   // kGroups groups of kSteps steps each, from step `at` of the stage on; all are converted before the
   // activations are waited for where kWaits.
-  template <int kSteps, int kGroups, bool kWaits, int kBlocks>
+  template <int kSteps, int kGroups, bool kWaits>
   __device__ void multiply_span(const Packed (&packed)[kBlocks], uint64_t b, int at, int first) {
     constexpr int kMost = kTokens > 32 ? 2 : 4;  // fragments at a time; with more, registers spill
     constexpr int kBatch = kWaits ? kGroups * kSteps : kSteps < kMost ? kSteps : kMost;

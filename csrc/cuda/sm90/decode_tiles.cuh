@@ -34,7 +34,7 @@ struct DecodeShape {
   static constexpr int kTokens = kTokens_, kRowTiles = kRowTiles_, kSplits = kSplits_;
   static constexpr int kStageBlocks = kStageBlocks_, kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kPeriod = kPeriod_;  // columns between scales
-  static constexpr bool kScalesWeights = kTile.scales_weights();
+  static constexpr bool kScalesWeights = kTile.scales_weights(kPeriod);
   static constexpr int kStages = kTile.stages(kPeriod), kInputStages = kInputStages_;
   static constexpr int kFirstStages = kTile.most_first_stages(kPeriod);
   static constexpr int kGroups = kTile.groups(kPeriod);  // rows of scales in a stage
@@ -48,7 +48,8 @@ struct DecodeShape {
   static constexpr int kRowTileBytes = kStageBlocks * kBlockBytes;
   static constexpr int kInputBytes = kTile.input_bytes(), kWeightBytes = kTile.weight_bytes();
   static_assert(kWeightBytes == kRowTiles * kRowTileBytes);
-  static_assert(kTile.stage_k() == kStageBlocks * layout::kWordsPerThread * kStepColumns);
+  static_assert(kTile.stage_k() == kStageBlocks * layout::kWordsPerThread * kStepColumns &&
+                kTile.step_k() == kStepColumns);
   static constexpr int kWeightsAt = kTile.weights_at();
   static constexpr int kScalesAt = kTile.scales_at(kPeriod), kZerosAt = kTile.zeros_at(kPeriod);
   static constexpr int kScaleBytes = kTile.scale_bytes(kPeriod);
