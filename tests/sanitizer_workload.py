@@ -71,7 +71,7 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
             clusters.append((2, 2))
         for cluster, shares in clusters:
             for sms in SMS:
-                ms = (1, kernel["tokens"] - 1) if few else (33, 300)
+                ms = (1, max(kernel["tokens"] - 1, 1)) if few else (33, 300)
                 for m in (*ms, 2 * kernel["tokens"] - 1) if few and kernel["any_m"] else ms:
                     yield kernel, {"sms": sms, "cluster": cluster, "input_shares": shares}, m
 

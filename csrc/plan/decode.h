@@ -25,6 +25,13 @@ struct DecodeTile {
   constexpr bool many_tokens() const { return tokens > 64; }
   constexpr bool holds(int64_t m) const { return m <= tokens || many_tokens(); }
 
+  constexpr int mma_tokens() const { return (tokens + 7) / 8 * 8; }  // of a multiplication
+
+  // Whether a stage holds activations of as many tokens as there are, up to `tokens`, or always of `tokens`:
+  // the distance between 64 columns and the next is then a constant, which saves instructions, but what is
+  // missing costs the copy engine time, since it fills it with zeros. Fewer than 8 tokens lie without
+  // a gap, and a multiplication reads what comes next for the rest of its 8, which nobody stores.
+  constexpr bool input_tokens_vary() const { return tokens > 32 || (tokens > 1 && tokens < 8); }
   constexpr int rows() const { return 64 * row_tiles; }
   constexpr int step_k() const { return sparse ? 32 : 16; }  // columns of a multiplication
   constexpr int stage_k() const { return 4 * step_k() * stage_blocks; }
@@ -35,7 +42,9 @@ struct DecodeTile {
   // alignment; then the ring of weights (with their places where sparse), with scales and zero points
   // every `period` columns, on 128 bytes, as the copy engine wants them.
   constexpr int block_bytes() const { return 2048 + (sparse ? 1024 : 0); }
-  constexpr int input_bytes() const { return tokens * stage_k() * 2; }  // of a stage, as the next
+  constexpr int input_bytes() const {  // of a stage, as the next
+    return (tokens * stage_k() * 2 + 1023) / 1024 * 1024;
+  }
   constexpr int weight_bytes() const { return row_tiles * stage_blocks * block_bytes(); }
   constexpr int groups(int period) const { return stage_k() > period ? stage_k() / period : 1; }
   constexpr int scale_bytes(int period) const { return rows() * groups(period) * 2; }
@@ -54,11 +63,11 @@ struct DecodeTile {
   constexpr int passes() const {
     return tokens <= 64 ? 1 : tokens <= 128 ? 2 : tokens <= 144 ? 3 : 4;
   }
-  constexpr int pass_tokens() const { return tokens / passes(); }
+  constexpr int pass_tokens() const { return mma_tokens() / passes(); }
   constexpr int sum_stride() const { return rows() + 4; }
   constexpr int sum_bytes() const { return splits * pass_tokens() * sum_stride() * 4; }
-  constexpr int partial_floats() const { return tokens * rows(); }
-  constexpr int received_bytes() const { return runs ? 0 : tokens * rows() / 2 * 4; }
+  constexpr int partial_floats() const { return mma_tokens() * rows(); }
+  constexpr int received_bytes() const { return runs ? 0 : mma_tokens() * rows() / 2 * 4; }
   constexpr int sums_at(int period) const {
     return zeros_at(period) + stages(period) * zero_bytes(period);
   }
@@ -70,7 +79,9 @@ struct DecodeTile {
   // gives a multiprocessor of an H200 19 bytes a cycle.)
   constexpr int stages_to_store() const { return tokens * rows() * 15 / weight_bytes() + 1; }
 
-  // As many stages of weights as fit, a multiple of the splits: a slot must always be the same split's.
+  // As many stages of weights as fit, a multiple of the splits: a slot must always be the same split's. No more
+  // than 4096 columns: with 12 stages of 512 instead of 8, M = 1 took 10.5 us for 10.0 at 8192 x 8192 and 16.0
+  // for 15.4 at 28672 x 4096 (H200), since copies are done in the order asked for, activations last.
   static constexpr int kSharedBytes = 228 * 1024;  // of a multiprocessor
   static constexpr int kReserved = 1024;           // of it, for each block
   static constexpr int kMostStages = 24, kBarrierBytes = 8 * (4 * kMostStages + 4);
@@ -78,8 +89,8 @@ struct DecodeTile {
     const int room = kSharedBytes / blocks_per_sm - kReserved - weights_at() - sum_bytes() -
                      received_bytes() - kBarrierBytes;
     const int each = weight_bytes() + scale_bytes(period) + zero_bytes(period);
-    const int fit = room / each < kMostStages ? room / each : kMostStages;
-    return fit / splits * splits;
+    const int most = 4096 / stage_k() < kMostStages ? 4096 / stage_k() : kMostStages;
+    return (room / each < most ? room / each : most) / splits * splits;
   }
 
   // Of weights, that a block may ask for before anything else; the ring never starts full.

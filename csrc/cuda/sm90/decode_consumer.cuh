@@ -247,11 +247,10 @@ struct DecodeConsumer {
     }
   }
 
-  // Step `step` of the stage, whose activations begin at descriptor `stage`. (The distance between 64
-  // columns and the next is kept a constant where there are few tokens to save.)
+  // Step `step` of the stage, whose activations begin at descriptor `stage`.
   __device__ void multiply_step(float (&to)[kTokens / 2], const uint32_t (&a)[4], const uint2& meta,
                                 uint64_t stage, int step, bool accumulate) const {
-    const int tokens = kTokens <= 32 ? kTokens : p.input_tokens;
+    const int tokens = S::kTile.input_tokens_vary() ? p.input_tokens : S::kTile.tokens;
     const uint64_t b = input_of_step<S::kSparse>(stage, step, tokens);
     sm90::multiply_step<Element, kTokens, S::kSparse>(to, a, meta, b, step % 4, accumulate);
   }

@@ -31,7 +31,7 @@ struct DecodeShape {
                                           kBlocksPerSm_, kInputStages_, kSparse_, kRuns_};
   static constexpr bool kSparse = kSparse_, kRuns = kRuns_;
   static constexpr int kStepColumns = sm90::kStepColumns<kSparse_>;
-  static constexpr int kTokens = kTokens_, kRowTiles = kRowTiles_, kSplits = kSplits_;
+  static constexpr int kTokens = kTile.mma_tokens(), kRowTiles = kRowTiles_, kSplits = kSplits_;
   static constexpr int kStageBlocks = kStageBlocks_, kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kPeriod = kPeriod_;  // columns between scales
   static constexpr bool kScalesWeights = kTile.scales_weights(kPeriod);

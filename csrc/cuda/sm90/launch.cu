@@ -22,13 +22,17 @@ constexpr MapType kMapType =
 // second had 64: 94 us; with both full, 61.)
 struct InputBox {
   int tokens, blocks;  // of 64 columns
-
-  static InputBox of(int tile_tokens, int64_t m, int stage_k) {
-    // Whole swizzle patterns of 8 tokens; kernels for few tokens copy whole tiles.
-    const int64_t most = tile_tokens <= 32 ? tile_tokens : (m + 7) / 8 * 8;
-    return {static_cast<int>(std::min<int64_t>(tile_tokens, most)), stage_k / 64};
-  }
 };
+
+// Of several token tiles, or of few missing tokens: whole swizzle patterns of 8.
+int whole_patterns(int tile_tokens, int64_t m) {
+  return static_cast<int>(std::min<int64_t>(tile_tokens, (m + 7) / 8 * 8));
+}
+
+int input_tokens(const plan::DecodeTile& tile, int64_t m) {
+  if (!tile.input_tokens_vary()) return tile.tokens;
+  return tile.tokens < 8 ? static_cast<int>(m) : whole_patterns(tile.tokens, m);
+}
 
 // What kernels are told of a call whose tiles have `rows` and whose stages are of `stage_k` columns,
 // with scales every `period` of them.
@@ -125,7 +129,7 @@ void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cud
   const auto operands = prepare<Element>(args, scratch_of(args, plan), workspace, stream);
   const plan::DecodeTile& tile = plan.kernel.tile;
   DecodeParams<Element> p{};
-  const InputBox box = InputBox::of(tile.tokens, args.m, tile.stage_k());
+  const InputBox box{input_tokens(tile, args.m), tile.stage_k() / 64};
   describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.row_tiles = plan.row_tiles;
   p.token_tiles = plan.token_tiles;
@@ -147,7 +151,7 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   const plan::PrefillTile& tile = plan.kernel.tile;
   PrefillParams<Element> p{};
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
-  const InputBox box = InputBox::of(tile.tokens / plan.input_shares, args.m, tile.stage_k());
+  const InputBox box{whole_patterns(tile.tokens / plan.input_shares, args.m), tile.stage_k() / 64};
   describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
   p.row_tiles = plan.row_tiles;
