@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from operands import DTYPES, GROUP_SIZES, make_input, make_weight
+from operands import DTYPES, GROUP_SIZES, Maker, make_input, make_weight, make_weight_24
 
 # Tails of blocks, of stages, of everything, and layer shapes that are no multiples of a tile.
 SHAPES = [
@@ -56,7 +56,7 @@ def test_large_shapes(shape: tuple[int, int]) -> None:
     asymmetric = make_weight(*shape, 32, dtype=torch.bfloat16, device="cuda", zeros=True, perm=True)
     for w in (weight, asymmetric):
         dense = w.dense64()
-        for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 300):
+        for m in (1, 3, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 300):
             x = make_input(m, shape[1], dtype=w.scales.dtype, device="cuda", seed=m)
             reference.assert_close(w.gemm(x), x, dense, group_size=w.group_size)
 
@@ -133,7 +133,7 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
         zeros=options, perm=options, bias=options,
     )  # fmt: skip
     dense = weight.dense64()
-    ms = (1, 11, 30, 61, 97, 150, 257)
+    ms = (1, 6, 11, 30, 61, 97, 150, 257)
     inputs = [make_input(m, 5000, dtype=dtype, device="cuda") for m in ms]
     try:
         for kernel in _inspect.plans():
@@ -302,6 +302,21 @@ def test_nothing_leaks_from_padding(device: str) -> None:
     wide = torch.full((4, 128), float("nan"), dtype=torch.float16, device=device)
     wide[:, :72] = make_input(4, 72, dtype=torch.float16, device=device)
     assert bool(weight.gemm(wide[:, :72]).isfinite().all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [make_weight, make_weight_24], ids=["dense", "24"])
+def test_few_tokens_do_not_meet_what_shared_memory_holds(make: Maker) -> None:
+    """Hopper multiplies 8 tokens; for those that do not exist it reads what an earlier launch has
+    left behind the others."""
+    for n, k in ((512, 4096), (16384, 4096)):  # a small layer, and one that takes other kernels
+        weight = make(n, k, device="cuda")
+        dense = weight.dense64()
+        poison = torch.full((8, k), float("nan"), dtype=torch.float16, device="cuda")
+        for m in range(1, 8):
+            x = make_input(m, k, dtype=torch.float16, device="cuda", seed=m)
+            assert bool(weight.gemm(poison).isnan().all())
+            reference.assert_close(weight.gemm(x), x, dense, sparse=make is make_weight_24)
 
 
 def test_special_values_pass_through(device: str) -> None:
