@@ -324,6 +324,30 @@ def test_layers_that_have_changed_since(tmp_path: Path, loaded: bool) -> None:
     assert_equal_states(load(tmp_path / "saved"), model)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_model_inside_another(tmp_path: Path, loaded: bool) -> None:
+    """It has the other's configuration, with the other's names of the layers."""
+    whole = load(DEMO / "fp16", dtype=torch.float16)
+    marlin.replace_linear(whole)
+    integration.prepare_to_save(whole)
+    if loaded:
+        whole.save_pretrained(tmp_path / "loaded")
+        whole = load(tmp_path / "loaded")
+    refused = r" layers\.0\..* is packed, and not listed.* part of such a model.*prepare_to_save"
+    with pytest.raises(ValueError, match=refused):
+        whole.model.save_pretrained(tmp_path / "base")
+    assert list((tmp_path / "base").iterdir()) == []
+    integration.prepare_to_save(whole.model)
+    whole.model.save_pretrained(tmp_path / "base")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "base")
+    assert_equal_states(base, whole.model)
+    with pytest.raises(ValueError, match=r" model\.layers\.0\..* is packed, and not listed"):
+        whole.save_pretrained(tmp_path / "whole")
+    integration.prepare_to_save(whole)
+    whole.save_pretrained(tmp_path / "whole")
+    assert_equal_states(load(tmp_path / "whole"), whole)
+
+
 def test_names_that_were_others_once(tmp_path: Path) -> None:
     """A Llava's layers have other names than in the checkpoints that it was published with."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

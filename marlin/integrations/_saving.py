@@ -45,7 +45,7 @@ def check_loads_again(model: nn.Module, listed: Collection[str]) -> None:
             raise ValueError(
                 f"save_pretrained: got a model in which {changed[0]} is {what} listed in its "
                 "quantization_config; layers have been changed since it was loaded or prepared, "
-                "and nothing has been written; call "
+                "or it is a part of such a model, and nothing has been written; call "
                 "marlin.integrations.transformers.prepare_to_save(model) first"
             )
     # Some models keep a few parameters in fp32.

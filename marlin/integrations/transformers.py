@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -180,6 +180,7 @@ class MarlinQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         finish_layers(model, self._names, self._dtype)
+        _save_by(self, model)
         offloaded = [name for name in self._names if model.get_submodule(name).scales.is_meta]
         if offloaded and not _offloads_integers():
             raise RuntimeError(
@@ -193,12 +194,12 @@ class MarlinQuantizer(HfQuantizer):
 
         Raises:
             ValueError: ``from_pretrained`` could not load what would be written: the model has a
-                rank's parts of layers, other packed layers than its configuration lists, or another
-                dtype than theirs may be.
+                rank's parts of layers, other packed layers than its configuration lists, as a part
+                of a model has, or another dtype than theirs may be.
         """
         check_no_parts(model)  # one that was not put there by marlin.parallel's functions
         if not getattr(model, "_hf_peft_config_loaded", False):  # else adapters only are written
-            check_loads_again(model, self.quantization_config.modules)
+            check_loads_again(model, _listed(model.config))
             self._keep_names(model)
         return super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call, unused-ignore]
 
@@ -261,8 +262,25 @@ def prepare_to_save(model: Any) -> None:
         )
     config = MarlinConfig(**config_for(shapes))
     model.config.quantization_config = config
-    model.hf_quantizer = MarlinQuantizer(config)
+    _save_by(MarlinQuantizer(config), model)
     model.quantization_method = METHOD
+
+
+def _save_by(quantizer: MarlinQuantizer, model: Any) -> None:
+    """Have ``save_pretrained`` ask the quantizer, also that of models inside ``model``.
+
+    Those with packed layers would write them beside a configuration that lists others or none.
+    """
+    inside: Any
+    for inside in model.modules():
+        if isinstance(inside, transformers.PreTrainedModel) and packed_layers(inside):
+            inside.hf_quantizer = quantizer
+
+
+def _listed(config: Any) -> Collection[str]:
+    """The packed layers that ``save_pretrained`` will list in ``config.json``."""
+    found = getattr(config, "quantization_config", None)
+    return found.modules if isinstance(found, MarlinConfig) else (found or {}).get("modules", {})
 
 
 def _check_can_be_prepared(model: Any) -> None:
