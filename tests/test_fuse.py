@@ -47,7 +47,7 @@ def test_dense(device: str, dtype: torch.dtype, options: dict[str, bool], m: int
         [reference.dequantize64(w.qweight, w.scales, w.zeros, w.perm, K) for w in layers]
     )
     bias = torch.cat([layer.bias for layer in layers]) if "bias" in options else None
-    reference.assert_close(torch.cat(outputs, -1), x, weight, bias)
+    reference.assert_close(torch.cat(outputs, -1), x, weight, bias, group_size=64)
     for name, layer, y in zip(NAMES, layers, outputs, strict=True):
         assert torch.equal(getattr(model, name).dequantize(), layer.dequantize())
         if device == "cpu":  # where no sum depends on other rows
@@ -64,7 +64,7 @@ def test_sparse(device: str, options: dict[str, bool]) -> None:
     assert gemms.count == 1
     bias = torch.cat([layer.bias for layer in layers]) if "bias" in options else None
     y, weight = torch.cat(outputs, -1), torch.cat(weights)
-    reference.assert_close(y, x, weight, bias, sparse=True)
+    reference.assert_close(y, x, weight, bias, group_size=64, sparse=True)
     assert isinstance(FusedLinear(layers).packed, MarlinLinear24)
 
 

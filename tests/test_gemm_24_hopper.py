@@ -117,7 +117,7 @@ def test_sums_of_small_integers_are_exact(
         x = integers(tokens, k, dtype)
         expected = w.gemm64(x).to(dtype)
         for _ in partitions(kernel):
-            for m in (1, tokens - 1, tokens):
+            for m in {1, max(tokens - 1, 1), tokens}:
                 assert torch.equal(w.gemm(x[:m]), expected[:m]), (n, k, m)
 
 

@@ -69,9 +69,9 @@ int first_stages(const DecodePlan& plan) {
 // by another multiprocessor and read, one after the other.
 struct Estimate {
   double us;
-  // What of the start does not show in a chain of launches: where some pairs have a tile less than others,
-  // the next kernel's pairs that have more start on them, if they share no tile. It tells decode kernels
-  // apart; the model of the prefill kernels does not know it.
+  // Of it, what of the start does not show in a chain of launches. Where some pairs have a tile less than
+  // others, the next kernel's first pairs start there early; so it was where the others shared no tile. It
+  // decides between kernels for many tokens only, since the model of the prefill kernels does not know it.
   double hidden_us = 0;
 };
 

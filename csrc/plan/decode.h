@@ -15,10 +15,10 @@ struct DecodeTile {
   bool runs = false;    // blocks share tiles over global memory (DecodeRun), not in pairs
 
   // Whether weights are scaled before they are multiplied, rather than the sums of groups of `period` columns
-  // after. A step costs a thread 4 operations for its weights, and tokens / 2 * step_k() / period for its
-  // sums, which besides have to be waited for. (us, sums and weights, H200. Groups of 128: 27.0 and 25.4 at
-  // 4096 x 14336, M = 128; 16.8 and 17.3 at 8192 x 8192, M = 64, but 14.1 and 13.1 where 2:4. Groups of 32: 21.5 and
-  // 17.9; 15.6 and 14.2 at M = 32; 12.2 and 12.3 at M = 16.)
+  // after, which for a thread is tokens / 2 * step_k() / period multiplications a step: from 7 on, as measured.
+  // (us, sums and weights, H200. Groups of 128: 27.0 and 25.4 at 4096 x 14336, M = 128; 16.8 and 17.3 at
+  // 8192 x 8192, M = 64, but 14.1 and 13.1 where 2:4. Groups of 32: 21.5 and 17.9; 15.6 and 14.2 at M = 32; 12.2
+  // and 12.3 at M = 16.)
   constexpr bool scales_weights(int period) const { return tokens / 2 * step_k() >= 7 * period; }
 
   // There may then be more tokens than a tile holds.
@@ -32,6 +32,7 @@ struct DecodeTile {
   // missing costs the copy engine time, since it fills it with zeros. Fewer than 8 tokens lie without
   // a gap, and a multiplication reads what comes next for the rest of its 8, which nobody stores.
   constexpr bool input_tokens_vary() const { return tokens > 32 || (tokens > 1 && tokens < 8); }
+
   constexpr int rows() const { return 64 * row_tiles; }
   constexpr int step_k() const { return sparse ? 32 : 16; }  // columns of a multiplication
   constexpr int stage_k() const { return 4 * step_k() * stage_blocks; }
@@ -58,7 +59,7 @@ struct DecodeTile {
   }
 
   // Then fp32 sums [splits][pass_tokens][rows + 4], where 4 floats of padding spread a fragment's rows
-  // over all banks; what the other block of a pair sends [tokens][rows / 2]; and the barriers. With many
+  // over all banks; what the other block of a pair sends [mma_tokens][rows / 2]; and the barriers. With many
   // tokens the sums leave in several passes, so that there is room for more stages.
   constexpr int passes() const {
     return tokens <= 64 ? 1 : tokens <= 128 ? 2 : tokens <= 144 ? 3 : 4;
@@ -79,9 +80,9 @@ struct DecodeTile {
   // gives a multiprocessor of an H200 19 bytes a cycle.)
   constexpr int stages_to_store() const { return tokens * rows() * 15 / weight_bytes() + 1; }
 
-  // As many stages of weights as fit, a multiple of the splits: a slot must always be the same split's. No more
-  // than 4096 columns: with 12 stages of 512 instead of 8, M = 1 took 10.5 us for 10.0 at 8192 x 8192 and 16.0
-  // for 15.4 at 28672 x 4096 (H200), since copies are done in the order asked for, activations last.
+  // As many stages of weights as fit, a multiple of the splits: a slot must always be the same split's. But no
+  // more than 4096 columns, since copies are done in the order asked for, activations last: with 12 stages of
+  // 512 instead of 8, M = 1 took 10.5 us for 10.0 at 8192 x 8192, 16.0 for 15.4 at 28672 x 4096 (H200).
   static constexpr int kSharedBytes = 228 * 1024;  // of a multiprocessor
   static constexpr int kReserved = 1024;           // of it, for each block
   static constexpr int kMostStages = 24, kBarrierBytes = 8 * (4 * kMostStages + 4);

@@ -271,9 +271,9 @@ def _save_by(quantizer: MarlinQuantizer, model: Any) -> None:
 
     Those with packed layers would write them beside a configuration that lists others or none.
     """
-    inside: Any
-    for inside in model.modules():
-        if isinstance(inside, transformers.PreTrainedModel) and packed_layers(inside):
+    models: list[Any] = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+    for inside in models:
+        if packed_layers(inside):
             inside.hf_quantizer = quantizer
 
 

@@ -24,7 +24,8 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Shared-memory descriptor of operand B: rows of 128 bytes (64 columns), 128-byte swizzle, groups of
-// eight rows 1024 bytes apart; `address` a multiple of 1024 plus 32 times the k16 step.
+// eight rows 1024 bytes apart; `address` that of any row, plus 32 times the k16 step. (The swizzle goes by
+// the address, and its pattern begins at multiples of 1024, wherever the first row is: base offset 0.)
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kGroupStride = uint64_t{1024 / 16} << 32;
   constexpr uint64_t kIgnored = uint64_t{1} << 16;  // the leading offset, unused with this swizzle

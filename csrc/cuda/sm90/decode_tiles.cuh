@@ -17,8 +17,8 @@ struct DecodeParams : LayerParams<Element> {
   int row_tiles, token_tiles;
   int stages;                      // of a tile
   int early_stages, first_stages;  // of weights (plan::DecodePlan)
-  // Where blocks share tiles over memory (S::kRuns): their runs, and what each leaves, [tokens][rows] and
-  // [passes].
+  // Where blocks share tiles over memory (S::kRuns): their runs, and what each leaves, [S::kTokens][rows]
+  // and [passes].
   plan::DecodeRuns runs;
   float* partials;
   uint64_t* partial_flags;
@@ -64,7 +64,8 @@ struct DecodeShape {
   static_assert(kInputStages > 0 && kInputStages % kSplits == 0);
   static_assert(kStages <= plan::DecodeTile::kMostStages);
   static_assert(kInputStages <= plan::DecodeTile::kMostStages);
-  static_assert(kPassTokens % 8 == 0);
+  static_assert(kPassTokens % 8 == 0 && kInputBytes % 1024 == 0);
+  static_assert(!kTile.many_tokens() || kTokens == kTile.tokens);
   static_assert(8 * (2 * kStages + 2 * kInputStages + 2 + kPasses) <= kTile.kBarrierBytes);
   static_assert(kRows <= 256 && kScaleBytes % 128 == 0);  // as tensor copies want it
 

@@ -24,7 +24,7 @@ struct InputBox {
   int tokens, blocks;  // of 64 columns
 };
 
-// Of several token tiles, or of few missing tokens: whole swizzle patterns of 8.
+// Tokens in whole swizzle patterns of 8: a tile's, or fewer where there are not as many.
 int whole_patterns(int tile_tokens, int64_t m) {
   return static_cast<int>(std::min<int64_t>(tile_tokens, (m + 7) / 8 * 8));
 }
