@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin._computed_buffers import rebuild_computed_buffers
+from marlin._unlisted_layers import refuse_to_save_unlisted
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
 from marlin.formats.native import (
     LEAVES,
@@ -261,6 +262,7 @@ def fill(
         layer.train(old.training)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
+    refuse_to_save_unlisted(model)
     stuck = rebuild_computed_buffers(model)
     if stuck:
         names = ", ".join(f"{name} ({reason})" for name, reason in stuck.items())

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from marlin._fused_part import FusedPart
 from marlin._replace_report import ReplacedLayer, ReplaceReport, SkippedLayer
+from marlin._unlisted_layers import refuse_to_save_unlisted
 from marlin.formats.packed import COMPUTE_DTYPES, group_count
 from marlin.formats.sparse import QUAD
 from marlin.linear import MarlinLinear
@@ -93,6 +94,9 @@ def replace_linear(
     ``nn.Linear`` (they may do more), and layers whose weight is tied to another module's or read by
     their parent, which have hooks or a forward of their own, or whose dtype cannot be quantised.
 
+    ``save_pretrained`` of a model of transformers refuses the new layers until
+    ``marlin.integrations.transformers.prepare_to_save(model)`` has listed them.
+
     Args:
         model: any module that contains linear layers; changed in place.
         group_size: input features that share a scale: 32, 64, 128, or -1 for all of them.
@@ -148,6 +152,7 @@ def replace_linear(
             bar.set_description(candidate.name)
             report.replaced.append(_replace(candidate, kind, device))
             bar.update()
+    refuse_to_save_unlisted(model)
     return report
 
 

@@ -325,6 +325,25 @@ def test_layers_that_have_changed_since(tmp_path: Path, loaded: bool) -> None:
 
 
 @pytest.mark.parametrize("loaded", [False, True])
+def test_layers_that_nobody_has_listed(tmp_path: Path, loaded: bool) -> None:
+    """Without the configuration they would be loaded as layers of random weights."""
+    model = load(DEMO / "fp16", dtype=torch.float16)
+    marlin.replace_linear(model)
+    if loaded:
+        integration.prepare_to_save(model)
+        model.save_pretrained(tmp_path / "converted")
+        model = marlin.load(load(DEMO / "fp16", dtype=torch.float16), tmp_path / "converted")
+    model = copy.deepcopy(model)
+    refused = r" model\.layers\.0\..* is packed, and not listed.*prepare_to_save\(model\)"
+    with pytest.raises(ValueError, match=refused):
+        model.save_pretrained(tmp_path / "saved")
+    assert list((tmp_path / "saved").iterdir()) == []
+    integration.prepare_to_save(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert_equal_states(load(tmp_path / "saved"), model)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
 def test_a_model_inside_another(tmp_path: Path, loaded: bool) -> None:
     """It has the other's configuration, with the other's names of the layers."""
     whole = load(DEMO / "fp16", dtype=torch.float16)

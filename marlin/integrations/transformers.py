@@ -277,6 +277,17 @@ def _save_by(quantizer: MarlinQuantizer, model: Any) -> None:
             inside.hf_quantizer = quantizer
 
 
+def refuse_unprepared(model: nn.Module) -> None:
+    """Have ``save_pretrained`` refuse packed layers until :func:`prepare_to_save` has listed them.
+
+    For ``marlin.replace_linear`` and ``marlin.load``, which put them into the model.
+    """
+    models: list[Any] = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+    for inside in models:
+        if getattr(inside, "hf_quantizer", None) is None:
+            _save_by(MarlinQuantizer(MarlinConfig(**config_for({}))), inside)
+
+
 def _listed(config: Any) -> Collection[str]:
     """The packed layers that ``save_pretrained`` will list in ``config.json``."""
     found = getattr(config, "quantization_config", None)
