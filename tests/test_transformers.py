@@ -301,6 +301,12 @@ def test_replaced_layers_are_saved(tmp_path: Path, sparse: bool, fused: bool) ->
     assert_equal_states(load(tmp_path / "again"), model)
 
 
+def assert_is_saved_once_prepared(model: Any, folder: Path) -> None:
+    integration.prepare_to_save(model)
+    model.save_pretrained(folder)
+    assert_equal_states(load(folder), model)
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_layers_that_have_changed_since(tmp_path: Path, loaded: bool) -> None:
     model = load(DEMO / "fp16", dtype=torch.float16)
@@ -319,9 +325,7 @@ def test_layers_that_have_changed_since(tmp_path: Path, loaded: bool) -> None:
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is not packed, but listed"):
         model.save_pretrained(tmp_path / "saved")
     assert list((tmp_path / "saved").iterdir()) == []
-    integration.prepare_to_save(model)
-    model.save_pretrained(tmp_path / "saved")
-    assert_equal_states(load(tmp_path / "saved"), model)
+    assert_is_saved_once_prepared(model, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -338,9 +342,7 @@ def test_layers_that_nobody_has_listed(tmp_path: Path, loaded: bool) -> None:
     with pytest.raises(ValueError, match=refused):
         model.save_pretrained(tmp_path / "saved")
     assert list((tmp_path / "saved").iterdir()) == []
-    integration.prepare_to_save(model)
-    model.save_pretrained(tmp_path / "saved")
-    assert_equal_states(load(tmp_path / "saved"), model)
+    assert_is_saved_once_prepared(model, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -362,9 +364,7 @@ def test_a_model_inside_another(tmp_path: Path, loaded: bool) -> None:
     assert_equal_states(base, whole.model)
     with pytest.raises(ValueError, match=r" model\.layers\.0\..* is packed, and not listed"):
         whole.save_pretrained(tmp_path / "whole")
-    integration.prepare_to_save(whole)
-    whole.save_pretrained(tmp_path / "whole")
-    assert_equal_states(load(tmp_path / "whole"), whole)
+    assert_is_saved_once_prepared(whole, tmp_path / "whole")
 
 
 def test_names_that_were_others_once(tmp_path: Path) -> None:

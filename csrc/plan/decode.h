@@ -30,7 +30,10 @@ struct DecodeTile {
   // Whether a stage holds activations of as many tokens as there are, up to `tokens`, or always of `tokens`:
   // the distance between 64 columns and the next is then a constant, which saves instructions, but what is
   // missing costs the copy engine time, since it fills it with zeros. Fewer than 8 tokens lie without
-  // a gap, and a multiplication reads what comes next for the rest of its 8, which nobody stores.
+  // a gap, and a multiplication reads what comes next for the rest of its 8, which nobody stores:
+  //
+  //     row of 128 bytes      0 1 2   3 4 5   6 7 8   9 10 11     3 tokens
+  //     columns               0..63   64..    128..   192..       those of 64.. multiply rows 3 to 10
   constexpr bool input_tokens_vary() const { return tokens > 32 || (tokens > 1 && tokens < 8); }
 
   constexpr int rows() const { return 64 * row_tiles; }

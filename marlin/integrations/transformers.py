@@ -266,13 +266,17 @@ def prepare_to_save(model: Any) -> None:
     model.quantization_method = METHOD
 
 
+def _models_in(model: nn.Module) -> list[Any]:
+    """Those of transformers, ``model`` among them if it is one."""
+    return [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
+
+
 def _save_by(quantizer: MarlinQuantizer, model: Any) -> None:
     """Have ``save_pretrained`` ask the quantizer, also that of models inside ``model``.
 
     Those with packed layers would write them beside a configuration that lists others or none.
     """
-    models: list[Any] = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
-    for inside in models:
+    for inside in _models_in(model):
         if packed_layers(inside):
             inside.hf_quantizer = quantizer
 
@@ -282,8 +286,7 @@ def refuse_unprepared(model: nn.Module) -> None:
 
     For ``marlin.replace_linear`` and ``marlin.load``, which put them into the model.
     """
-    models: list[Any] = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
-    for inside in models:
+    for inside in _models_in(model):
         if getattr(inside, "hf_quantizer", None) is None:
             _save_by(MarlinQuantizer(MarlinConfig(**config_for({}))), inside)
 
