@@ -67,7 +67,7 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
         clusters = (
             [(1, 1)] if kernel["runs"] else [(1, 1), (2, 1)] if few else [(1, 1), (2, 1), (3, 1)]
         )
-        if not few and not kernel["sparse"]:
+        if not few:
             clusters.append((2, 2))
         for cluster, shares in clusters:
             for sms in SMS:

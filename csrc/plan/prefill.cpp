@@ -31,7 +31,8 @@ auto sparse_table() {
 constexpr int kTokenGroup = 8;
 
 // With so many tokens, pairs of blocks share activations: 720 us instead of 739 at 8192 x 8192, M = 4096
-// (H200), 1332 instead of 1363 at 28672 x 4096; with fewer, and with four blocks, it is no faster.
+// (H200), 1332 instead of 1363 at 28672 x 4096, and 1976 instead of 2023 there, 2:4, M = 8192; with fewer, and
+// with four blocks, it is no faster.
 constexpr int64_t kTokensToShare = 4096;
 
 // Whether a kernel is worth a look: of those whose tile takes at most 128 tokens, the one that leaves
@@ -63,8 +64,8 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int inpu
   plan.row_blocks = static_cast<int>(ceil_div(problem.n, 64));
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   const int64_t stages = ceil_div(problem.k, kernel.tile.stage_k());
-  // Each block must have rows, and copy whole swizzle patterns of 8 tokens of one block of 64 columns.
-  plan.input_shares = kernel.tile.stage_k() == 64 ? std::min(input_shares, plan.row_blocks) : 1;
+  // Each block must have rows, and copy whole swizzle patterns of 8 tokens.
+  plan.input_shares = std::min(input_shares, plan.row_blocks);
   while (kernel.tile.tokens % (8 * plan.input_shares) != 0) --plan.input_shares;
   int64_t k_shares = std::max(cluster / plan.input_shares, 1);
   while (k_shares > 1 && (k_shares - 1) * ceil_div(stages, k_shares) >= stages) --k_shares;
@@ -120,7 +121,8 @@ std::optional<PrefillPlan> select_prefill(const Problem& problem) {
       if (!best || estimated_us(plan) < estimated_us(*best)) best = plan;
     }
   }
-  if (best && best->cluster == 1 && best->kernel.tile.tokens > 128 && problem.m >= kTokensToShare &&
+  const bool wide_tile = best && (best->kernel.tile.tokens > 128 || problem.sparse);
+  if (wide_tile && best->cluster == 1 && problem.m >= kTokensToShare &&
       problem.device.clusters_of(2) > 0) {
     const PrefillPlan shared = prefill_plan_with(best->kernel, 2, 2, problem);
     if (estimated_us(shared) <= estimated_us(*best))

@@ -77,6 +77,21 @@ __device__ __forceinline__ void tensor_copy_to_blocks(uint32_t shared, const CUt
       : "memory");
 }
 
+// Copies a box from shared memory into a tensor, but for what lies outside of it. After fence_before_copies() by
+// the threads that wrote the box; until copies_have_read(), by the thread that asked for the copies, it must
+// not be written.
+__device__ __forceinline__ void tensor_store(const CUtensorMap& map, int x, int y,
+                                             uint32_t shared) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+      "cp.async.bulk.commit_group;" ::"l"(&map),
+      "r"(x), "r"(y), "r"(shared)
+      : "memory");
+}
+__device__ __forceinline__ void copies_have_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // A barrier for the first `kThreads` threads of the block. (0 is __syncthreads.)
 template <int kThreads>
 __device__ __forceinline__ void sync_threads() {

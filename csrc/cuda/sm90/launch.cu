@@ -151,7 +151,8 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   const plan::PrefillTile& tile = plan.kernel.tile;
   PrefillParams<Element> p{};
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
-  const InputBox box{whole_patterns(tile.tokens / plan.input_shares, args.m), tile.stage_k() / 64};
+  const InputBox box{whole_patterns(tile.tokens / plan.input_shares, args.m),
+                     plan.input_shares > 1 ? 1 : tile.stage_k() / 64};
   describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
   p.row_tiles = plan.row_tiles;
@@ -163,6 +164,12 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   p.stages_per_block = plan.stages_per_block;
   p.k_shares = plan.cluster / plan.input_shares;
   p.input_shares = plan.input_shares;
+  p.copies_output = args.n % 8 == 0 && reinterpret_cast<uintptr_t>(args.output) % 16 == 0;
+  if (p.copies_output) {
+    const auto m = static_cast<uint64_t>(args.m), n = static_cast<uint64_t>(args.n);
+    p.output_map = tensor_map(kMapType<Element>, args.output, {{n, m}}, {{n * 2}},
+                              {{64, static_cast<uint32_t>(tile.tokens)}}, true);
+  }
   start(prefill_instance<Element>(plan.kernel.id, tile.sparse, plan.period), p, plan.blocks,
         tile.threads(), tile.shared_bytes(), plan.cluster, stream);
 }

@@ -101,6 +101,8 @@ struct PrefillConsumer {
     constexpr int kSets = S::kSets;
     uint32_t a[4][4];
     RowFactors factors[kSets];
+    // Where blocks share activations, each copies its tokens of 64 columns to their place in the tile.
+    const int tokens = p.input_shares > 1 ? kTokens : p.input_tokens;
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
       ptx::mbarrier_wait(full + 8 * slot, parity);
@@ -131,7 +133,7 @@ struct PrefillConsumer {
           }
           ptx::wgmma_fence();
           multiply_step<Element, kTokens, S::kSparse>(
-              sums, a[step], meta, input_of_step<S::kSparse>(b, block * 4 + step, p.input_tokens),
+              sums, a[step], meta, input_of_step<S::kSparse>(b, block * 4 + step, tokens),
               step, (i | block | step) != 0);
           ptx::wgmma_commit();
           ptx::wgmma_wait<3>();
@@ -153,12 +155,16 @@ struct PrefillConsumer {
   }
 
   // Rounds the sums and stores the piece, through shared memory that is this warpgroup's own:
-  // [token][64 features], the 16-byte chunks of a row swizzled by the token.
+  // [token][64 features], the 16-byte chunks of a row swizzled by the token, as the copy engine takes them.
+  // It stores while the next tile is multiplied: all multiprocessors come to the end of a tile at about the
+  // same time, and L2 takes 2 us for what they store then.
   __device__ void store_piece(const TileCursor<Element, S>& tile) {
     const int row = (tile.row_block() + warpgroup) * 64;
     char* buffer = shared + S::kOutputAt + warpgroup * kTokens * 128;
     const int lane = thread % 32, warp = thread / 32;
     const float bias[2] = {bias_of(row + row_in_piece()), bias_of(row + row_in_piece() + 8)};
+    finish_copies();
+    ptx::sync_warpgroup(warpgroup);  // the buffer is free
     const uint32_t at = ptx::shared_address(buffer) + (lane / 16 * 8 + lane % 8) * 128 +
                         ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
@@ -171,15 +177,25 @@ struct PrefillConsumer {
       }
       ptx::store_matrices_transposed(at + j * 8 * 128, pairs);
     }
+    ptx::fence_before_copies();
     ptx::sync_warpgroup(warpgroup);
-    const int first = tile.first_token(), tokens = min(kTokens, p.m - first);
-    for (int i = (tile.token() - first) * 8 + thread; i < tokens * 8; i += 128) {
+    const int first = tile.first_token(), begin = tile.token() - first;
+    if (p.copies_output && begin == 0) {
+      if (thread == 0) ptx::tensor_store(p.output_map, row, first, ptx::shared_address(buffer));
+      return;
+    }
+    const int tokens = min(kTokens, p.m - first);
+    for (int i = begin * 8 + thread; i < tokens * 8; i += 128) {
       const int token = i / 8, chunk = i % 8;
       const auto value =
           *reinterpret_cast<const uint4*>(buffer + token * 128 + (chunk ^ token % 8) * 16);
       store_chunk(value, first + token, row + chunk * 8);
     }
-    ptx::sync_warpgroup(warpgroup);  // the next tile's outputs come to the same place
+  }
+
+  // Copies of this warpgroup's last piece, if there was one.
+  __device__ void finish_copies() const {
+    if (thread == 0) ptx::copies_have_read();
   }
 
   // Eight features of a token.
@@ -252,6 +268,7 @@ struct PrefillConsumer {
       ptx::fence_before_copies();  // the next tile's stages come to where the sums were
       ptx::cluster_sync();         // a block's sums are read by the others until here
     }
+    finish_copies();  // shared memory is another block's afterwards
   }
 };
 

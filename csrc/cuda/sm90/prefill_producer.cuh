@@ -87,7 +87,11 @@ struct PrefillProducer {
         if (p.input_shares == 1) {
           ptx::tensor_copy(to, p.input, 0, token, block, barrier);
         } else {
-          ptx::tensor_copy_to_blocks(to + part * 128, p.input, 0, token, block, barrier, blocks);
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) {
+            ptx::tensor_copy_to_blocks(to + (i * S::kTokens + part) * 128, p.input, 0, token,
+                                       block + i, barrier, blocks);
+          }
         }
       });
     }

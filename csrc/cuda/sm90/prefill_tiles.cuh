@@ -17,6 +17,10 @@ struct PrefillParams : LayerParams<Element> {
   int token_group;               // clusters do whole tiles, in groups of so many token tiles
   int stages, stages_per_block;
   int k_shares, input_shares;  // blocks of a cluster that share a tile's k, and its activations
+  // The outputs {n, m}, for the copy engine, in boxes of 64 features by a tile's tokens; not used where
+  // copies_output is false: rows that are no multiple of 16 bytes.
+  CUtensorMap output_map;
+  bool copies_output;
 };
 
 template <int kTokens_, int kRowBlocks_, int kStageBlocks_, int kPeriod_, bool kSparse_>
