@@ -135,10 +135,12 @@ std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
     best = plan;
   }
   if (!best) return best;
-  // Prefill kernels that share k take longer than their model says: 33.0 us, not 28.5, at 5120 x 5120, M = 256.
+  // Prefill kernels that share k take longer than their model says: 29.4 us, not 23.9, at 5120 x 5120, M = 192,
+  // 32.8, not 28.6, at M = 256; but not longer for more columns: 118, not 120, at 5120 x 27648, M = 224.
   const PrefillPlan prefill = *select_prefill(problem);
-  const double pace = prefill.cluster > prefill.input_shares ? 1.1 : 1;
-  return pace * estimated_us(prefill) < least_alone ? std::nullopt : best;
+  const int k_shares = prefill.cluster / prefill.input_shares;
+  const double sharing_us = k_shares > 1 ? 2 * k_shares : 0;
+  return sharing_us + estimated_us(prefill) < least_alone ? std::nullopt : best;
 }
 
 }  // namespace
