@@ -18,7 +18,7 @@ PARTITIONS = {
     "sm90_prefill": (*K_SHARED, (2, 2), (4, 2)),
     "sm80_24": ((1, 1),),
     "sm90_decode_24": ((1, 1), (2, 1)),
-    "sm90_prefill_24": K_SHARED,
+    "sm90_prefill_24": (*K_SHARED, (2, 2), (4, 2)),
 }
 
 

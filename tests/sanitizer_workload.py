@@ -64,11 +64,9 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
         if kernel["family"].startswith("sm80"):
             continue
         few = not kernel["family"].startswith("sm90_prefill")
-        clusters = (
-            [(1, 1)] if kernel["runs"] else [(1, 1), (2, 1)] if few else [(1, 1), (2, 1), (3, 1)]
-        )
+        clusters = [(1, 1)] if kernel["runs"] else [(1, 1), (2, 1)]
         if not few:
-            clusters.append((2, 2))
+            clusters += [(3, 1), (2, 2)]
         for cluster, shares in clusters:
             for sms in SMS:
                 ms = (1, max(kernel["tokens"] - 1, 1)) if few else (33, 300)

@@ -135,8 +135,9 @@ std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
     best = plan;
   }
   if (!best) return best;
-  // Prefill kernels that share k take longer than their model says: 29.4 us, not 23.9, at 5120 x 5120, M = 192,
-  // 32.8, not 28.6, at M = 256; but not longer for more columns: 118, not 120, at 5120 x 27648, M = 224.
+  // Two blocks that share k take 4 to 6 us longer than the model of prefill kernels says (29.4, not 23.9, at 5120 x
+  // 5120, M = 192; 32.8, not 28.6, at M = 256), but 2 less at 5120 x 27648, M = 224 (118, not 120; H200): so a
+  // constant and not a factor. What more blocks add is a guess.
   const PrefillPlan prefill = *select_prefill(problem);
   const int k_shares = prefill.cluster / prefill.input_shares;
   const double sharing_us = k_shares > 1 ? 2 * k_shares : 0;

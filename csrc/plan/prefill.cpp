@@ -121,8 +121,9 @@ std::optional<PrefillPlan> select_prefill(const Problem& problem) {
       if (!best || estimated_us(plan) < estimated_us(*best)) best = plan;
     }
   }
-  const bool wide_tile = best && (best->kernel.tile.tokens > 128 || problem.sparse);
-  if (wide_tile && best->cluster == 1 && problem.m >= kTokensToShare &&
+  // Tiles of 256 tokens gain, and 2:4 ones, whose stages bring twice the activations.
+  const bool gains = best && (best->kernel.tile.tokens > 128 || problem.sparse);
+  if (gains && best->cluster == 1 && problem.m >= kTokensToShare &&
       problem.device.clusters_of(2) > 0) {
     const PrefillPlan shared = prefill_plan_with(best->kernel, 2, 2, problem);
     if (estimated_us(shared) <= estimated_us(*best))

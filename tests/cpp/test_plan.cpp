@@ -253,21 +253,28 @@ TEST(Plan, DecodeWithManyTokensTakesWhatWasMeasuredToBeFastest) {
   struct Case {
     int64_t m, n, k;
     int tokens, rows, token_tiles;
+    bool sparse = false;
   };
   for (const Case& c : std::initializer_list<Case>{
-           {80, 4096, 4096, 80, 64, 1},     {128, 4096, 4096, 128, 64, 1},
-           {160, 4096, 4096, 80, 64, 2},    {192, 4096, 4096, 96, 64, 2},
-           {256, 4096, 4096, 128, 128, 2},  {384, 4096, 4096, 192, 128, 2},
-           {112, 4096, 14336, 112, 64, 1},  {144, 4096, 14336, 80, 64, 2},
-           {224, 4096, 14336, 112, 128, 2}, {257, 4096, 14336, 144, 128, 2},
-           {320, 4096, 14336, 160, 128, 2}, {96, 8192, 8192, 96, 64, 1},
-           {112, 8192, 8192, 112, 128, 1},  {128, 8192, 8192, 128, 128, 1},
-           {129, 8192, 8192, 144, 128, 1},  {160, 8192, 8192, 160, 128, 1},
-           {192, 8192, 8192, 192, 128, 1},  {256, 8192, 8192, 128, 128, 2},
-           {400, 4096, 14336, 112, 128, 4}, {385, 8192, 8192, 0, 0, 0},
-           {128, 28672, 4096, 0, 0, 0},     {144, 28672, 4096, 144, 128, 1},
-           {256, 28672, 4096, 0, 0, 0},     {144, 57344, 8192, 144, 128, 1}}) {
-    Problem problem{c.m, c.n, c.k, 128, device_of(90, 132)};
+           {80, 4096, 4096, 80, 64, 1},          {128, 4096, 4096, 128, 64, 1},
+           {160, 4096, 4096, 80, 64, 2},         {192, 4096, 4096, 96, 64, 2},
+           {256, 4096, 4096, 128, 128, 2},       {384, 4096, 4096, 192, 128, 2},
+           {112, 4096, 14336, 112, 64, 1},       {144, 4096, 14336, 80, 64, 2},
+           {224, 4096, 14336, 112, 128, 2},      {257, 4096, 14336, 144, 128, 2},
+           {320, 4096, 14336, 160, 128, 2},      {96, 8192, 8192, 96, 64, 1},
+           {112, 8192, 8192, 112, 128, 1},       {128, 8192, 8192, 128, 128, 1},
+           {129, 8192, 8192, 144, 128, 1},       {160, 8192, 8192, 160, 128, 1},
+           {192, 8192, 8192, 192, 128, 1},       {256, 8192, 8192, 128, 128, 2},
+           {400, 4096, 14336, 112, 128, 4},      {385, 8192, 8192, 0, 0, 0},
+           {128, 28672, 4096, 0, 0, 0},          {144, 28672, 4096, 144, 128, 1},
+           {256, 28672, 4096, 0, 0, 0},          {144, 57344, 8192, 144, 128, 1},
+           {80, 4096, 14336, 80, 64, 1, true},   {96, 4096, 14336, 96, 64, 1, true},
+           {128, 4096, 14336, 128, 64, 1, true}, {192, 4096, 14336, 96, 64, 2, true},
+           {320, 4096, 14336, 80, 64, 4, true},  {80, 8192, 8192, 80, 64, 1, true},
+           {128, 8192, 8192, 128, 128, 1, true}, {160, 8192, 8192, 80, 64, 2, true},
+           {320, 8192, 8192, 0, 0, 0, true},     {96, 5120, 27648, 96, 64, 1, true},
+           {128, 28672, 4096, 0, 0, 0, true}}) {
+    Problem problem{c.m, c.n, c.k, 128, device_of(90, 132), c.sparse};
     problem.device.wgmma = true;
     const auto plan = select_decode(problem);
     const std::string what = std::to_string(c.n) + " x " + std::to_string(c.k) +
@@ -359,6 +366,7 @@ TEST(Plan, SparseWeightsHaveKernelsForAnyNumberOfTokensOnHopper) {
   Problem problem{1, 8192, 8192, 128, device_of(90, 132), true};
   problem.device.wgmma = true;
   for (problem.m = 1; problem.m < 600; ++problem.m) {
+    // Between these the model decides.
     if (problem.m <= 288) EXPECT_TRUE(select_decode(problem).has_value()) << problem.m;
     if (problem.m > 384) EXPECT_FALSE(select_decode(problem).has_value()) << problem.m;
     EXPECT_TRUE(select_prefill(problem).has_value());
@@ -477,14 +485,14 @@ TEST(Plan, PrefillDoesEverythingOnce) {
   EXPECT_FALSE(select_prefill({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
 }
 
-// Copies for several blocks bring 64 columns of activations; a stage of sparse weights has 128.
 TEST(Plan, BlocksShareActivationsWithManyTokens) {
   Problem problem{4096, 8192, 8192, 128, device_of(90, 132)};
   problem.device.wgmma = true;
   EXPECT_EQ(select_prefill(problem)->input_shares, 2);
   EXPECT_EQ(select_prefill(problem)->cluster, 2);
-  problem.sparse = true;
+  problem.sparse = true;  // a stage's 128 columns are then copied 64 at a time
   EXPECT_EQ(select_prefill(problem)->input_shares, 2);
+  EXPECT_EQ(prefill_plan_with(prefill_kernels(true)[0], 2, 2, problem).input_shares, 2);
   problem.m = 1024;
   EXPECT_EQ(select_prefill(problem)->input_shares, 1);
   problem.sparse = false;

@@ -1,5 +1,5 @@
-// Barriers in shared memory and the bulk copies that complete on them, flags between blocks, clusters, and
-// programmatic dependent launch. PTX ISA, "mbarrier", "cp.async.bulk", "griddepcontrol", sm_90 and later.
+// Barriers in shared memory, bulk copies to and from it, flags between blocks, clusters, and programmatic
+// dependent launch. PTX ISA, "mbarrier", "cp.async.bulk", "griddepcontrol", sm_90 and later.
 #pragma once
 
 #include <cuda.h>
@@ -77,9 +77,9 @@ __device__ __forceinline__ void tensor_copy_to_blocks(uint32_t shared, const CUt
       : "memory");
 }
 
-// Copies a box from shared memory into a tensor, but for what lies outside of it. After fence_before_copies() by
-// the threads that wrote the box; until copies_have_read(), by the thread that asked for the copies, it must
-// not be written.
+// Copies a box of shared memory into a tensor; what lies outside the tensor is dropped. The threads that wrote
+// the box call fence_before_copies() first. It may be written again once copies_have_read() has returned in
+// the thread that asked for the copy.
 __device__ __forceinline__ void tensor_store(const CUtensorMap& map, int x, int y,
                                              uint32_t shared) {
   asm volatile(

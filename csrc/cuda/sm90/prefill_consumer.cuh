@@ -101,7 +101,7 @@ struct PrefillConsumer {
     constexpr int kSets = S::kSets;
     uint32_t a[4][4];
     RowFactors factors[kSets];
-    // Where blocks share activations, each copies its tokens of 64 columns to their place in the tile.
+    // Those that lie between 64 columns of activations and the next: see input_of_step.
     const int tokens = p.input_shares > 1 ? kTokens : p.input_tokens;
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
@@ -133,8 +133,8 @@ struct PrefillConsumer {
           }
           ptx::wgmma_fence();
           multiply_step<Element, kTokens, S::kSparse>(
-              sums, a[step], meta, input_of_step<S::kSparse>(b, block * 4 + step, tokens),
-              step, (i | block | step) != 0);
+              sums, a[step], meta, input_of_step<S::kSparse>(b, block * 4 + step, tokens), step,
+              (i | block | step) != 0);
           ptx::wgmma_commit();
           ptx::wgmma_wait<3>();
         }
@@ -157,13 +157,14 @@ struct PrefillConsumer {
   // Rounds the sums and stores the piece, through shared memory that is this warpgroup's own:
   // [token][64 features], the 16-byte chunks of a row swizzled by the token, as the copy engine takes them.
   // It stores while the next tile is multiplied: all multiprocessors come to the end of a tile at about the
-  // same time, and L2 takes 2 us for what they store then.
+  // same time, and L2 takes 2 us for what they store then. Threads store rows that are no multiple of 16
+  // bytes, and a last tile that begins early.
   __device__ void store_piece(const TileCursor<Element, S>& tile) {
     const int row = (tile.row_block() + warpgroup) * 64;
     char* buffer = shared + S::kOutputAt + warpgroup * kTokens * 128;
     const int lane = thread % 32, warp = thread / 32;
     const float bias[2] = {bias_of(row + row_in_piece()), bias_of(row + row_in_piece() + 8)};
-    finish_copies();
+    wait_until_read();
     ptx::sync_warpgroup(warpgroup);  // the buffer is free
     const uint32_t at = ptx::shared_address(buffer) + (lane / 16 * 8 + lane % 8) * 128 +
                         ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
@@ -193,8 +194,8 @@ struct PrefillConsumer {
     }
   }
 
-  // Copies of this warpgroup's last piece, if there was one.
-  __device__ void finish_copies() const {
+  // Until the copy engine has read this warpgroup's last piece, if there was one.
+  __device__ void wait_until_read() const {
     if (thread == 0) ptx::copies_have_read();
   }
 
@@ -268,7 +269,7 @@ struct PrefillConsumer {
       ptx::fence_before_copies();  // the next tile's stages come to where the sums were
       ptx::cluster_sync();         // a block's sums are read by the others until here
     }
-    finish_copies();  // shared memory is another block's afterwards
+    wait_until_read();  // shared memory is another block's afterwards
   }
 };
 
