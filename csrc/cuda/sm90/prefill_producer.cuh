@@ -68,7 +68,12 @@ struct PrefillProducer {
     }
   }
 
-  // Blocks that share activations copy an equal part of the tokens each, into all of them.
+  // Blocks that share activations copy an equal part of the tokens each, into all of them, 64 columns at a
+  // time: the other parts lie between these and the next. In every block of two, of 2:4 weights:
+  //
+  //     row of 128 bytes      0 .. 63   64 .. 127   128 .. 191   192 .. 255     128 tokens
+  //     columns               0 .. 63               64 .. 127
+  //     copied by             block 0   block 1     block 0      block 1
   __device__ void copy_input(const Cursor& tile) {
     const ClusterPlace place = tile.place();
     const int part = S::kTokens / place.input_shares * place.row_rank();

@@ -49,6 +49,8 @@ struct PrefillShape {
   static_assert(!kSparse || kTile.meta_bytes() == kRowBlocks * kMetaBytes);
   static_assert(kStages >= 3 && kStages <= 16 && kTokens % 16 == 0);
   static_assert(kTokens * kSumStride * 4 <= kOutputAt);
+  // Where tensor copies find the outputs of a warpgroup, [kTokens][64], a pattern of the swizzle begins.
+  static_assert(kOutputAt % 1024 == 0 && kTokens % 8 == 0 && kTokens <= 256);
 };
 
 // Where a block stands in its cluster: `input_shares` neighbours have the same k.
