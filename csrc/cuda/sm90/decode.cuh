@@ -12,7 +12,7 @@
 // multiply, and take turns at stages: stage i belongs to split i % kSplits. They leave their sums in
 // shared memory and go on with the next tile, while a finisher warp adds the splits in order and
 // stores; those of the last tile, with runs also of one before a short rest, they add and store
-// themselves. Where the tiles do not go round, pairs of blocks share one (plan::DecodeShare), or, in
+// themselves, and all where there is no finisher (S::kHasFinisher). Where the tiles do not go round, pairs of blocks share one (plan::DecodeShare), or, in
 // kernels for that, any blocks some (plan::DecodeRun).
 //
 // Programmatic dependent launch: with `static_weights` the producers fill the ring with weights while
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     if (helper == 1) producer.copy_input();
     if (helper == 2) producer.copy_scales();
     if (pairs) ptx::cluster_wait();
-    if (helper == 3) finish_tiles<Element, S>(p, base, barriers);
+    if (S::kHasFinisher && helper == 3) finish_tiles<Element, S>(p, base, barriers);
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     if (pairs) ptx::cluster_wait();

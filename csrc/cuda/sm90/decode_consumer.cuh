@@ -63,18 +63,13 @@ struct DecodeConsumer {
       }
 #pragma unroll
       for (int pass = 0; pass < S::kPasses; ++pass) {
-        if constexpr (S::kRuns) {
-          if (pass == 0 || !work.last()) ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
-          if (stored) ptx::barrier_sync<kPassStored, S::kConsumers>();
-          stored = work.consumers_store();
-        } else {
-          if (work.last() && pass > 0) {
-            ptx::barrier_sync<kPassStored, S::kConsumers>();
-          } else {
-            ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
-          }
-          stored = work.last();  // nothing else to do
+        if (S::kHasFinisher && (pass == 0 || !work.last())) {
+          ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
         }
+        if ((S::kRuns || S::kPasses > 1) && stored) {
+          ptx::barrier_sync<kPassStored, S::kConsumers>();
+        }
+        stored = work.consumers_store();
         leave_sums(pass);
         ptx::mbarrier_arrive(barriers.sums_full());
         if (stored) {
@@ -186,7 +181,8 @@ struct DecodeConsumer {
     constexpr int kSpan = S::kBlocksPerSm == 1 ? 4 * kBlocks : 4;
     constexpr bool kTight =
         (kTokens == 16 && kSteps == 2) || (S::kRuns && kTokens == 8 && kSteps == 1);
-    constexpr int kRoom = kTight ? 32 : 64;  // with 64, a register spills
+    // With more, a register spills.
+    constexpr int kRoom = S::kSplits > 4 && kSteps == 2 ? 16 : kTight ? 32 : 64;
     constexpr int kFit = kTokens < kRoom ? kRoom / kTokens : 1, kWanted = kSpan / kSteps;
     constexpr int kGroups = kWanted < 1 ? 1 : kWanted < kFit ? kWanted : kFit;
     // With many tokens the first span is converted whole before its activations are waited for: 17.3 us
