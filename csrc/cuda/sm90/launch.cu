@@ -22,6 +22,7 @@ constexpr MapType kMapType =
 // second had 64: 94 us; with both full, 61.)
 struct InputBox {
   int tokens, blocks;  // of 64 columns
+  int shares = 1;      // of a stage's tokens, by blocks of a cluster
 };
 
 // Tokens in whole swizzle patterns of 8: a tile's, or fewer where there are not as many.
@@ -56,7 +57,7 @@ void describe(LayerParams<Element>& p, const Gemm& args, const Operands<Element>
     p.zeros = tensor_map(MapType::kUint8, operands.zeros, {{n, groups}}, {{scale_stride}},
                          scale_box, false);
   }
-  p.input_tokens = box.tokens;
+  p.input_tokens = box.tokens * box.shares;
   p.qweight = args.qweight;
   p.meta = args.meta;
   p.bias = static_cast<const Element*>(args.bias);
@@ -152,7 +153,7 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   PrefillParams<Element> p{};
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
   const InputBox box{whole_patterns(tile.tokens / plan.input_shares, args.m),
-                     plan.input_shares > 1 ? 1 : tile.stage_k() / 64};
+                     plan.input_shares > 1 ? 1 : tile.stage_k() / 64, plan.input_shares};
   describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
   p.row_tiles = plan.row_tiles;

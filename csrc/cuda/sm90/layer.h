@@ -16,7 +16,7 @@ struct LayerParams {
   const Element* bias;  // or null
   Element* output;
   int m, n, n_blocks, k_blocks;  // blocks of weights
-  int input_tokens;              // that a copy of activations brings
+  int input_tokens;              // of a stage: between 64 columns of activations and the next
   bool has_zeros, one_group, static_weights;
   const int32_t* meta;  // of 2:4 sparse weights
 };

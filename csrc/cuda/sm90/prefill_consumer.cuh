@@ -101,8 +101,6 @@ struct PrefillConsumer {
     constexpr int kSets = S::kSets;
     uint32_t a[4][4];
     RowFactors factors[kSets];
-    // Those that lie between 64 columns of activations and the next: see input_of_step.
-    const int tokens = p.input_shares > 1 ? kTokens : p.input_tokens;
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
       ptx::mbarrier_wait(full + 8 * slot, parity);
@@ -133,8 +131,8 @@ struct PrefillConsumer {
           }
           ptx::wgmma_fence();
           multiply_step<Element, kTokens, S::kSparse>(
-              sums, a[step], meta, input_of_step<S::kSparse>(b, block * 4 + step, tokens), step,
-              (i | block | step) != 0);
+              sums, a[step], meta, input_of_step<S::kSparse>(b, block * 4 + step, p.input_tokens),
+              step, (i | block | step) != 0);
           ptx::wgmma_commit();
           ptx::wgmma_wait<3>();
         }

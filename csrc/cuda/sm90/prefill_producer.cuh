@@ -76,8 +76,8 @@ struct PrefillProducer {
   //     copied by             block 0   block 1     block 0      block 1
   __device__ void copy_input(const Cursor& tile) {
     const ClusterPlace place = tile.place();
-    const int part = S::kTokens / place.input_shares * place.row_rank();
-    const int bytes = p.input_tokens * place.input_shares * S::kTile.stage_k() * 2;
+    const int part = p.input_tokens / place.input_shares * place.row_rank();
+    const int bytes = p.input_tokens * S::kTile.stage_k() * 2;
     const int token = tile.first_token() + part;
     const auto blocks =
         static_cast<uint16_t>(((1 << place.input_shares) - 1) << place.with_input(0));
@@ -94,7 +94,7 @@ struct PrefillProducer {
         } else {
 #pragma unroll
           for (int i = 0; i < kBlocks; ++i) {
-            ptx::tensor_copy_to_blocks(to + (i * S::kTokens + part) * 128, p.input, 0, token,
+            ptx::tensor_copy_to_blocks(to + (i * p.input_tokens + part) * 128, p.input, 0, token,
                                        block + i, barrier, blocks);
           }
         }

@@ -10,8 +10,7 @@ template <bool kSparse>
 inline constexpr int kStepColumns = kSparse ? 32 : 16;
 
 // The activations of a step of a stage: those of 64 columns lie in 128 bytes of a token, those of the
-// next 64 behind those of `tokens`: of all that a copy brings or, where blocks share activations and
-// each copies its part, of all that a tile holds.
+// next 64 behind those of `tokens`, all that lie there.
 template <bool kSparse>
 __device__ __forceinline__ uint64_t input_of_step(uint64_t stage, int step, int tokens) {
   constexpr int kSteps = 64 / kStepColumns<kSparse>;
