@@ -82,7 +82,7 @@ def multiply_on_hopper() -> None:
         weights = {}
         for sparse, make in ((False, make_weight), (True, make_weight_24)):
             options = ALL_OPTIONS[make] if full else {}
-            w = make(1000, 700, group_size, dtype=dtype, device="cuda", **options)
+            w = make(1032, 700, group_size, dtype=dtype, device="cuda", **options)
             weights[sparse] = w, w.dense64()
         for kernel, partition, m in hopper_cases():
             _inspect.force_plan(kernel["id"], **partition)

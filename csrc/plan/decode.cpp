@@ -113,11 +113,13 @@ std::optional<DecodePlan> select_for_few_tokens(const Problem& problem, bool run
 
 // Whether a kernel for many tokens is worth a look. Several token tiles only of layers that are not wide: wide
 // ones are bound by power, and slower than the model says (28672 x 4096, M = 384: 141 us, the prefill kernel
-// 130; 8192 x 8192, M = 448: 94 and 86, but M = 400: 80 and 88; H200).
+// 130; H200). Of dense weights at most three tiles of 144 tokens (8192 x 8192, M = 400: 80, the prefill kernel 88),
+// of narrow layers four of 112 (elsewhere 94 and 86 at 8192 x 8192, M = 448).
 bool suits(const DecodeKernel& kernel, const Problem& p) {
-  constexpr int64_t kMost = 432, kWide = 16384, kMostNarrow = 448, kNarrow = 4096;
+  constexpr int64_t kMost = 432, kMostSparse = 384, kMostNarrow = 448;
+  constexpr int64_t kWide = 16384, kNarrow = 4096;
   const bool one_tile = p.m <= kernel.tile.tokens;
-  const int64_t most = !p.sparse && p.n <= kNarrow ? kMostNarrow : kMost;
+  const int64_t most = p.sparse ? kMostSparse : p.n <= kNarrow ? kMostNarrow : kMost;
   return kernel.tile.many_tokens() && p.m <= most && (one_tile || p.n <= kWide);
 }
 

@@ -97,10 +97,10 @@ struct DecodeTile {
     return (room / each < most ? room / each : most) / splits * splits;
   }
 
-  // Of weights, that a block may ask for before anything else; the ring never starts full. Scales come after
-  // them, with more than 8 tokens three stages later instead of four, but where there are four splits: 11.2 us
-  // for 11.4 at 4096 x 14336, M = 32, 5.1 for 5.4 at 4096 x 4096; 2:4, M = 16, 7.9 for 8.1; but with four
-  // splits 7.7 for 7.6 at 8192 x 8192, M = 1 (H200).
+  // Of weights, that a block may ask for before their scales; the ring never starts full. Four where a stage is
+  // of few activations (2:4, 8192 x 8192, M = 1: 7.6 us, with three 7.7) or every split's first is among them
+  // (4096 x 14336, M = 16: 9.6 both, with two 9.7); else three: 11.2 and not 11.4 at 4096 x 14336, M = 32, 5.1
+  // and 5.4 at 4096 x 4096; 2:4, 4096 x 14336, M = 16, 7.9 and 8.1 (H200).
   constexpr int most_first_stages(int period) const {
     const int most = splits > 3 || tokens <= 8 ? 4 : 3;
     return stages(period) > most ? most : stages(period) - 1;

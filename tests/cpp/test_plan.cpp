@@ -228,7 +228,7 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
   const auto up_to = [&](int64_t most) { return 1 + static_cast<int64_t>(random() % most); };
   for (int i = 0; i < 2000; ++i) {
     const bool narrow = i % 2 != 0;
-    Problem problem{up_to(narrow ? 400 : 64), up_to(narrow ? 16384 : 60000), up_to(30000), 128,
+    Problem problem{up_to(narrow ? 460 : 64), up_to(narrow ? 16384 : 60000), up_to(30000), 128,
                     device_of(90, 132)};
     problem.device.wgmma = true;
     problem.sparse = i % 3 == 0;
@@ -286,6 +286,33 @@ TEST(Plan, DecodeWithManyTokensTakesWhatWasMeasuredToBeFastest) {
     EXPECT_EQ(plan->kernel.tile.tokens, c.tokens) << what;
     EXPECT_EQ(plan->kernel.tile.rows(), c.rows) << what;
     EXPECT_EQ(plan->token_tiles, c.token_tiles) << what;
+  }
+}
+
+TEST(Plan, DecodeTakesTheFirstLineThatSuitsFewTokens) {
+  struct Case {
+    int64_t m, n, k;
+    int tokens, splits, stage_blocks;
+  };
+  for (const Case& c : std::initializer_list<Case>{{1, 4096, 4096, 1, 3, 4},
+                                                   {1, 4096, 14336, 1, 3, 4},
+                                                   {1, 6144, 4096, 1, 5, 4},
+                                                   {1, 8192, 8192, 1, 4, 8},
+                                                   {8, 4096, 4096, 8, 3, 4},
+                                                   {8, 6144, 4096, 8, 5, 4},
+                                                   {8, 4096, 28672, 8, 5, 4},
+                                                   {7, 8192, 8192, 7, 4, 8},
+                                                   {8, 8192, 8192, 8, 4, 8},
+                                                   {16, 4096, 4096, 16, 2, 4},
+                                                   {16, 6144, 4096, 16, 4, 4}}) {
+    Problem problem{c.m, c.n, c.k, 128, device_of(90, 132)};
+    problem.device.wgmma = true;
+    const DecodeKernel kernel = select_decode(problem)->kernel;
+    const std::string what = std::to_string(c.n) + " x " + std::to_string(c.k) +
+                             ", M = " + std::to_string(c.m) + ": " + kernel.name();
+    EXPECT_EQ(kernel.tile.tokens, c.tokens) << what;
+    EXPECT_EQ(kernel.tile.splits, c.splits) << what;
+    EXPECT_EQ(kernel.tile.stage_blocks, c.stage_blocks) << what;
   }
 }
 

@@ -12,8 +12,9 @@
 // multiply, and take turns at stages: stage i belongs to split i % kSplits. They leave their sums in
 // shared memory and go on with the next tile, while a finisher warp adds the splits in order and
 // stores; those of the last tile, with runs also of one before a short rest, they add and store
-// themselves, and all where there is no finisher (S::kHasFinisher). Where the tiles do not go round, pairs of blocks share one (plan::DecodeShare), or, in
-// kernels for that, any blocks some (plan::DecodeRun).
+// themselves, and all where there is no finisher (S::kHasFinisher). Where the tiles do not go round,
+// pairs of blocks share one (plan::DecodeShare), or, in kernels for that, any blocks some
+// (plan::DecodeRun).
 //
 // Programmatic dependent launch: with `static_weights` the producers fill the ring with weights while
 // the previous kernel still runs; activations are read, and outputs written, only after it has
@@ -40,8 +41,7 @@ __device__ void finish_tiles(const DecodeParams<Element>& p, uint32_t base,
   int parity = 0;
 #pragma unroll 1
   for (; work.valid() && !work.last(); work.advance()) {
-    bool stored = false;
-    if constexpr (S::kRuns) stored = work.consumers_store();
+    const bool stored = work.consumers_store();
 #pragma unroll 1
     for (int pass = 0; pass < S::kPasses; ++pass) {
       ptx::mbarrier_wait(barriers.sums_full(), parity);
@@ -96,7 +96,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
     if (helper == 1) producer.copy_input();
     if (helper == 2) producer.copy_scales();
     if (pairs) ptx::cluster_wait();
-    if (S::kHasFinisher && helper == 3) finish_tiles<Element, S>(p, base, barriers);
+    if constexpr (S::kHasFinisher) {
+      if (helper == 3) finish_tiles<Element, S>(p, base, barriers);
+    }
   } else {
     ptx::take_registers<S::kConsumerRegisters>();
     if (pairs) ptx::cluster_wait();

@@ -63,6 +63,8 @@ struct DecodeConsumer {
       }
 #pragma unroll
       for (int pass = 0; pass < S::kPasses; ++pass) {
+        // The finisher does not see the last tile. With one pass, and no runs, that is the only one stored
+        // here, and nothing follows it.
         if (S::kHasFinisher && (pass == 0 || !work.last())) {
           ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
         }
@@ -179,10 +181,11 @@ struct DecodeConsumer {
     constexpr int kSteps = S::kPeriod / S::kStepColumns;  // between scales
     // Two blocks, or one where two blocks of threads share the registers; with many tokens, one group.
     constexpr int kSpan = S::kBlocksPerSm == 1 ? 4 * kBlocks : 4;
+    // With more, a register spills.
     constexpr bool kTight =
         (kTokens == 16 && kSteps == 2) || (S::kRuns && kTokens == 8 && kSteps == 1);
-    // With more, a register spills.
-    constexpr int kRoom = S::kSplits > 4 && kSteps == 2 ? 16 : kTight ? 32 : 64;
+    constexpr bool kTightest = S::kSplits > 4 && kSteps == 2;
+    constexpr int kRoom = kTightest ? 16 : kTight ? 32 : 64;
     constexpr int kFit = kTokens < kRoom ? kRoom / kTokens : 1, kWanted = kSpan / kSteps;
     constexpr int kGroups = kWanted < 1 ? 1 : kWanted < kFit ? kWanted : kFit;
     // With many tokens the first span is converted whole before its activations are waited for: 17.3 us

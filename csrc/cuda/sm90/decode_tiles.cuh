@@ -167,7 +167,7 @@ struct DecodePairCursor : DecodeTileOf<DecodePairCursor<Element, S>, Element, S>
   __device__ bool last() const { return at + 1 == share.whole; }
   __device__ void advance() { ++at; }
   __device__ bool shared() const { return at < 0; }
-  // Whether the consumers store the tile: at the end nothing else is left to do.
+  // Whether the consumers store the tile: nobody else does, or nothing else is left to do.
   __device__ bool consumers_store() const { return !S::kHasFinisher || last(); }
   __device__ int tile() const { return shared() ? share.shared : share.first + at; }
   __device__ int first_stage() const { return shared() ? share.first_shared_stage(p.stages) : 0; }

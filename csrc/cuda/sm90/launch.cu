@@ -17,12 +17,12 @@ template <typename Element>
 constexpr MapType kMapType =
     std::is_same_v<Element, __half> ? MapType::kFloat16 : MapType::kBFloat16;
 
-// Of the activations, what one copy brings. Never many tokens that do not exist, which a tensor copy
-// would fill with zeros: that is slow. (8192 x 8192 on an H200 with tiles of 128 tokens, of which the
-// second had 64: 94 us; with both full, 61.)
+// What one copy of activations brings, and how many make up the tokens of a stage. Never many tokens that
+// do not exist, which a tensor copy would fill with zeros: that is slow. (8192 x 8192 on an H200 with tiles
+// of 128 tokens, of which the second had 64: 94 us; with both full, 61.)
 struct InputBox {
   int tokens, blocks;  // of 64 columns
-  int shares = 1;      // of a stage's tokens, by blocks of a cluster
+  int shares = 1;
 };
 
 // Tokens in whole swizzle patterns of 8: a tile's, or fewer where there are not as many.
@@ -152,7 +152,8 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   const plan::PrefillTile& tile = plan.kernel.tile;
   PrefillParams<Element> p{};
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
-  const InputBox box{whole_patterns(tile.tokens / plan.input_shares, args.m),
+  const InputBox box{whole_patterns(tile.tokens / plan.input_shares,
+                                    layout::ceil_div(args.m, int64_t{plan.input_shares})),
                      plan.input_shares > 1 ? 1 : tile.stage_k() / 64, plan.input_shares};
   describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
