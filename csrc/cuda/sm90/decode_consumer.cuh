@@ -124,7 +124,7 @@ struct DecodeConsumer {
   // Where a block has but two warpgroups, both have to multiply at any time. Stages `next`, next + kSplits,
   // ... < end; returns the first that is not. Multiplications of a stage are still under way while the next
   // stage's weights are converted; then it is given back.
-  static constexpr bool kConvertsAhead = S::kScalesWeights && S::kSplits == 1;
+  static constexpr bool kConvertsAhead = S::kScalesWeights && S::kSplits == 1 && !S::kSparse;
   __device__ int multiply_ahead(int next, int end) {
     constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
     if (next >= end) return next;
@@ -133,11 +133,9 @@ struct DecodeConsumer {
     for (bool first = true; next < end; next += S::kSplits, first = false) {
       place.wait();
       const uint64_t b = place.input_descriptor();
-      Packed packed[S::kStageBlocks];
+      uint4 words[S::kStageBlocks];
 #pragma unroll
-      for (int block = 0; block < S::kStageBlocks; ++block) {
-        packed[block].words = place.words(block);
-      }
+      for (int block = 0; block < S::kStageBlocks; ++block) words[block] = place.words(block);
       uint32_t scale[S::kGroups][2], subtrahend[S::kGroups][2];
 #pragma unroll
       for (int g = 0; g < S::kGroups; ++g) {
@@ -146,14 +144,10 @@ struct DecodeConsumer {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int g = step / kGroupSteps;
-        convert<Element>(a[step % 4], (&packed[step / 4].words.x)[step % 4], subtrahend[g]);
+        convert<Element>(a[step % 4], (&words[step / 4].x)[step % 4], subtrahend[g]);
         multiply_pairs<Element>(a[step % 4], scale[g]);
-        if (S::kSparse && step % 4 == 0) {
-          ptx::wgmma_wait<0>();  // of those that use the metadata before: see load_meta
-          packed[step / 4].meta = place.meta(step / 4);
-        }
         ptx::wgmma_fence();
-        multiply_step(sums, a[step % 4], packed[step / 4].meta, b, step, true);
+        multiply_step(sums, a[step % 4], {}, b, step, true);
         ptx::wgmma_commit();
         ptx::wgmma_wait<3>();
         if (step == 3 && !first) place.release_previous();
