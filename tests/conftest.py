@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ from ranks import Ranks
 
 import marlin  # noqa: F401 - loads the ops
 from marlin import _inspect
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # with -n: else every process takes all the cores
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,6 +32,24 @@ def _block_maps() -> tuple[Tensor, Tensor]:
 ROW, COL = _block_maps()
 
 
+def _meta_maps() -> tuple[Tensor, Tensor, Tensor]:
+    """Row and quad inside a block, and first bit, of metadata's (thread, word, quad of the word,
+    half of it): three int64 tensors [128, 2, 4, 2]."""
+    thread = torch.arange(128).view(128, 1, 1, 1)
+    word = torch.arange(2).view(1, 2, 1, 1)
+    quad = torch.arange(4).view(1, 1, 4, 1)
+    half = torch.arange(2).view(1, 1, 1, 2)
+    warp, g, t = thread // 32, thread % 32 // 4, thread % 4
+    shape = (128, 2, 4, 2)
+    row = 16 * warp + g + 8 * half
+    first_quad = (32 * (2 * (t // 2) + word) + 16 * (t % 2)) // 4
+    bit = 4 * quad + 16 * half
+    return row.expand(shape), (first_quad + quad).expand(shape), bit.expand(shape)
+
+
+META_ROW, META_QUAD, META_BIT = _meta_maps()
+
+
 def pack(q: Tensor) -> Tensor:
     """uint8 [N, K] of 0..15 -> int32 [ceil(N/64), ceil(K/64), 512]; padding nibbles are 0."""
     n, k = q.shape
@@ -78,16 +96,8 @@ def pack_24(q: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     values[:n, : k // 4] = q.cpu().view(n, k // 4, 4)
     survivors = values.gather(2, places).view(nb * BLOCK, kb * BLOCK)
 
-    nibbles = (places[..., 0] | places[..., 1] << 2).view(nb, BLOCK, kb, 32)
-    meta = torch.zeros(nb, kb, 128, 2, dtype=torch.int64)
-    for thread in range(128):
-        warp, g, t = thread // 32, thread % 32 // 4, thread % 4
-        for u in range(2):
-            first_quad = (32 * (2 * (t // 2) + u) + 16 * (t % 2)) // 4
-            for c in range(4):
-                for h in range(2):
-                    nibble = nibbles[:, 16 * warp + g + 8 * h, :, first_quad + c]
-                    meta[:, :, thread, u] |= nibble << (4 * c + 16 * h)
+    nibbles = (places[..., 0] | places[..., 1] << 2).view(nb, BLOCK, kb, 32).transpose(1, 2)
+    meta = (nibbles[:, :, META_ROW, META_QUAD] << META_BIT).sum((-2, -1))
     meta = torch.where(meta >= 2**31, meta - 2**32, meta).to(torch.int32)
     return pack(survivors), meta.view(nb, kb, 256)
 
@@ -96,17 +106,10 @@ def places_of(meta: Tensor, n: int, k: int) -> Tensor:
     """The places that :func:`pack_24` wrote: int64 [N, K/4, 2]."""
     nb, kb, _ = meta.shape
     words = meta.long().view(nb, kb, 128, 2) & 0xFFFFFFFF
-    places = torch.empty(nb, 64, kb, 32, 2, dtype=torch.int64)
-    for thread in range(128):
-        warp, g, t = thread // 32, thread % 32 // 4, thread % 4
-        for u in range(2):
-            first_quad = (32 * (2 * (t // 2) + u) + 16 * (t % 2)) // 4
-            for c in range(4):
-                for h in range(2):
-                    nibble = words[:, :, thread, u] >> (4 * c + 16 * h) & 15
-                    at = places[:, 16 * warp + g + 8 * h, :, first_quad + c]
-                    at[..., 0], at[..., 1] = nibble & 3, nibble >> 2
-    return places.view(nb * 64, kb * 32, 2)[:n, : k // 4]
+    nibbles = words[..., None, None] >> META_BIT & 15
+    places = torch.empty(nb, kb, 64, 32, 2, dtype=torch.int64)
+    places[:, :, META_ROW, META_QUAD] = torch.stack((nibbles & 3, nibbles >> 2), dim=-1)
+    return places.transpose(1, 2).reshape(nb * 64, kb * 32, 2)[:n, : k // 4]
 
 
 def group_size_of(k: int, groups: int) -> int:
