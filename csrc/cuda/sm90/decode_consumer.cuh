@@ -123,7 +123,8 @@ struct DecodeConsumer {
 
   // Where a block has but two warpgroups, both have to multiply at any time. Stages `next`, next + kSplits,
   // ... < end; returns the first that is not. Multiplications of a stage are still under way while the next
-  // stage's weights are converted; then it is given back.
+  // stage's weights are converted; then it is given back. Not of 2:4 weights, whose metadata waits for all
+  // multiplications (see load_meta): 66.2 us for 62.2 at 8192 x 28672, M = 128 (H200).
   static constexpr bool kConvertsAhead = S::kScalesWeights && S::kSplits == 1 && !S::kSparse;
   __device__ int multiply_ahead(int next, int end) {
     constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
