@@ -295,7 +295,7 @@ TEST(Plan, DecodeTakesTheFirstLineThatSuitsFewTokens) {
     int tokens, splits, stage_blocks;
   };
   for (const Case& c : std::initializer_list<Case>{{1, 4096, 4096, 1, 3, 4},
-                                                   {1, 4096, 14336, 1, 3, 4},
+                                                   {1, 4096, 14336, 1, 5, 4},
                                                    {1, 6144, 4096, 1, 5, 4},
                                                    {1, 8192, 8192, 1, 4, 8},
                                                    {8, 4096, 4096, 8, 3, 4},
@@ -344,7 +344,10 @@ TEST(Plan, DecodeAsksForFewWeightsEarlyWhereBlocksDoMuch) {
   EXPECT_LT(few, ring);
   const auto [small, small_ring] = early(1, 4096, 4096);
   EXPECT_EQ(small, small_ring);
-  const auto [tokens, tokens_ring] = early(16, 57344, 8192);
+  EXPECT_EQ(early(16, 6144, 4096).first, 6);
+  const auto [two_blocks, two_blocks_ring] = early(16, 4096, 4096);  // that fit a multiprocessor
+  EXPECT_EQ(two_blocks, two_blocks_ring);
+  const auto [tokens, tokens_ring] = early(32, 57344, 8192);
   EXPECT_EQ(tokens, tokens_ring);
 }
 
