@@ -2,8 +2,8 @@
 
 A decode step reads one token per sequence, writes its keys and values as the last of a full cache,
 and ends with the greedy choice of the next token. A prefill reads a prompt into an empty cache and
-ends with the choice of its first token. Either is one CUDA graph, for every variant alike; what
-lies between matrix products and attention is compiled by ``torch.compile``.
+ends with the choice of its first token. Either is one CUDA graph. All but the linear layers is the
+same for every variant; of what lies between products and attention there are kinds (``--pieces``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import meta
 from benchmarks.arguments import positive, positives
 from benchmarks.e2e_check import BOUND, error_of_tiny_model
-from benchmarks.e2e_model import MODELS, PLAIN, Sizes, compiled_pieces
+from benchmarks.e2e_model import MODELS, PLAIN, Pieces, Sizes, compiled_pieces
 from benchmarks.e2e_step import Measured, Point, measure_model, release
 from benchmarks.e2e_weights import GROUP_SIZE, VARIANTS
 
@@ -40,6 +40,27 @@ METHOD = (
     "of the graph's logits, and of the keys and values that the step writes, against the same step "
     "without torch.compile and graph, relative"
 )
+
+# What lies between matrix products and attention.
+PIECES = {
+    "early": "Triton kernels that let the next kernel start early (benchmarks/e2e_pieces.py)",
+    "compiled": "compiled by torch.compile",
+    "plain": "as they are",
+}
+
+
+def starts_early() -> bool:
+    """Whether the GPU, if there is one, knows programmatic dependent launch."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def make_pieces(kind: str) -> Pieces:
+    """Those of a kind; they are compiled afresh, since a model's sizes are constants."""
+    if kind == "early":
+        from benchmarks.e2e_pieces import early_pieces  # Triton comes with torch for CUDA only
+
+        return early_pieces()
+    return compiled_pieces() if kind == "compiled" else PLAIN
 
 
 @dataclass
@@ -136,7 +157,7 @@ def measure(args: argparse.Namespace, save: Callable[[list[Row]], None]) -> tupl
     print(HEADER)
     for model in args.model or MODELS:
         sizes = sizes_to_measure(model, args)
-        pieces = PLAIN if args.no_compile else compiled_pieces()
+        pieces = make_pieces(args.pieces)
         for variant in [name for name in VARIANTS if name in (args.variant or VARIANTS)]:
             error = error_of_tiny_model(sizes, variant, device)
             if not within(f"{model}, {variant}, a tiny model's logits", error, BOUND):
@@ -168,8 +189,7 @@ def write(args: argparse.Namespace, rows: list[Row], partial: str) -> None:
     """Writes the JSON if asked to; ``partial`` says why it is not the whole result."""
     if not args.json:
         return
-    pieces = "as they are" if args.no_compile else "compiled by torch.compile"
-    about = meta.describe(args.commit, METHOD.format(pieces=pieces))
+    about = meta.describe(args.commit, METHOD.format(pieces=PIECES[args.pieces]))
     if partial:
         about["partial"] = partial
     result = {"meta": about, "rows": [asdict(row) for row in rows]}
@@ -196,7 +216,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="tiny models, on a CPU too: the result is partial"
     )
-    parser.add_argument("--no-compile", action="store_true", help="norms and the like as they are")
+    parser.add_argument(
+        "--pieces",
+        choices=PIECES,
+        default="early" if starts_early() else "compiled",
+        help="norms and the like: kernels that let the next one start early (where the GPU can), "
+        "by torch.compile, or as they are",
+    )
     parser.add_argument("--commit", help="what to record, where the checkout has no git history")
     parser.add_argument("--json", type=Path, help="where to write the results")
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is not insta
 
 from benchmarks import __main__ as command_line
 from benchmarks import e2e, e2e_check
-from benchmarks.e2e_model import MODELS, PLAIN, Decoder
+from benchmarks.e2e_model import MODELS, PLAIN, Decoder, rotary_table
 from benchmarks.e2e_step import Point, fits, measure
 from benchmarks.e2e_weights import VARIANTS, dense_linear
 
@@ -51,7 +51,12 @@ def tiny_model(variant: str, device: str = "cpu", max_length: int = 16) -> Decod
 
 
 @pytest.mark.parametrize(
-    "options", [["--no-compile"], pytest.param([], marks=pytest.mark.gpu, id="compiled")]
+    "options",
+    [
+        pytest.param(["--pieces", "plain"], id="plain"),
+        pytest.param(["--pieces", "compiled"], marks=pytest.mark.gpu, id="compiled"),
+        pytest.param([], marks=pytest.mark.gpu, id="default"),
+    ],
 )
 def test_table_json_and_charts(benchmarks, tmp_path: Path, capsys, options: list[str]) -> None:
     assert benchmarks("e2e", *TINY, *options, "--json", tmp_path / "new" / "e2e.json") == 0
@@ -96,7 +101,7 @@ def test_charts_of_nothing(benchmarks, tmp_path: Path, capsys) -> None:
 
 def test_without_fp16_there_is_no_speedup(benchmarks, tmp_path: Path) -> None:
     file = tmp_path / "e2e.json"
-    options = ["--no-compile", "--variant", "marlin-24", "--layers", "1"]
+    options = ["--pieces", "plain", "--variant", "marlin-24", "--layers", "1"]
     assert benchmarks("e2e", *TINY, *options, "--json", file) == 0
     rows = json.loads(file.read_text())["rows"]
     assert {row["variant"] for row in rows} == {"marlin-24"}
@@ -114,7 +119,7 @@ def test_a_killed_run_leaves_what_it_had(benchmarks, tmp_path: Path, monkeypatch
     monkeypatch.setattr(e2e, "error_of_tiny_model", killed)
     monkeypatch.setattr(e2e, "partial_because", lambda args: "")
     with pytest.raises(KeyboardInterrupt):
-        benchmarks("e2e", *TINY, "--no-compile", "--json", tmp_path / "e2e.json")
+        benchmarks("e2e", *TINY, "--pieces", "plain", "--json", tmp_path / "e2e.json")
     assert [path.name for path in tmp_path.iterdir()] == ["e2e.json"]
     data = json.loads((tmp_path / "e2e.json").read_text())
     assert data["meta"]["partial"] == "unfinished"
@@ -124,7 +129,7 @@ def test_a_killed_run_leaves_what_it_had(benchmarks, tmp_path: Path, monkeypatch
 def test_wrong_results_are_not_timed(benchmarks, monkeypatch, capsys) -> None:
     monkeypatch.setattr(e2e, "error_of_tiny_model", lambda *_: float("nan"))
     monkeypatch.setattr(e2e, "measure_model", None)
-    assert benchmarks("e2e", *TINY, "--no-compile") == 1
+    assert benchmarks("e2e", *TINY, "--pieces", "plain") == 1
     assert "WRONG: qwen2.5-32b, marlin-24, a tiny model's logits" in capsys.readouterr().out
 
 
@@ -176,6 +181,40 @@ def test_layers_keep_the_variance(variant: str, device: str) -> None:
     assert not torch.equal(
         *(VARIANTS[variant].make(n, k, False, device)(x.half().to(device)) for _ in range(2))
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("model", ["llama-3-8b", "qwen2.5-32b"])
+def test_early_pieces(tokens: int, model: str) -> None:
+    """Kernels that let the next one start early, against PyTorch, at sizes that fill no block."""
+    if not e2e.starts_early():
+        pytest.skip("needs programmatic dependent launch (compute capability 9.0)")
+    torch.manual_seed(0)
+    pieces = e2e.make_pieces("early")
+    sizes = replace(MODELS[model], hidden=640, mlp=1000)
+    batch, length = 3, 9
+    rows, features = batch * tokens, (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.float16)
+
+    norm = random(rows, sizes.hidden), random(rows, sizes.hidden), random(sizes.hidden)
+    gate_up, qkv = random(rows, 2 * sizes.mlp), random(rows, features)
+    rotary = rotary_table(sizes, length, "cuda")
+    positions = torch.arange(length - tokens, length, device="cuda")
+    longer = random(batch, length + 2, 2 * sizes.kv_heads, sizes.head_dim)  # as a cache is cut
+    caches = [longer.clone()[:, :length] for _ in range(2)]
+    computed, wanted = (
+        (
+            *which.add_norm(*norm),
+            which.swiglu(gate_up),
+            which.rotate_and_store(qkv, rotary, positions, cache),
+            cache,
+        )
+        for which, cache in zip((pieces, PLAIN), caches, strict=True)
+    )
+    assert e2e_check.largest_error(computed, wanted) < 1e-3
 
 
 def test_a_step_that_does_not_fill_its_cache_is_found() -> None:
