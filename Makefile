@@ -49,7 +49,7 @@ gpu-test: build ## only the tests that need a GPU
 
 sanitize: build ## every kernel under compute-sanitizer (needs a GPU); TOOLS=racecheck ARGS=hopper: a part
 	for tool in $(TOOLS); do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  SANITIZER=$$tool PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(PY) tests/sanitizer_workload.py $(ARGS); done
 
 cpp-test: build ## C++ tests (needs GoogleTest: apt install libgtest-dev)

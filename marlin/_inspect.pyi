@@ -7,8 +7,9 @@ def plans() -> list[dict[str, Any]]:
 
     ``sparse``: for 2:4 sparse weights, or else for dense ones. ``any_m``: takes more
     tokens than a tile holds. ``runs``: any of its blocks may share a tile, over global memory; it
-    takes no clusters. ``rounds_groups``: the group sizes, of 32, 64 and 128 (and all above),
-    whose weights it multiplies as ``dequantize`` rounds them; the exact values of others.
+    takes no clusters. ``cuts_tiles``: a pair of its blocks may get half a tile.
+    ``rounds_groups``: the group sizes, of 32, 64 and 128 (and all above), whose weights it
+    multiplies as ``dequantize`` rounds them; the exact values of others.
     """
 
 def plan_for(

@@ -122,7 +122,7 @@ CLUSTERS = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sms", [0, 3], ids=["all-sms", "3-sms"])
+@pytest.mark.parametrize("sms", [0, 4], ids=["all-sms", "4-sms"])
 def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
     """Also those that the planner keeps for other GPUs; with long runs of work per block, and with
     k shared by the blocks of clusters that divide nothing evenly."""
@@ -131,7 +131,7 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
     weight = make_weight(
         776, 5000, 32 if options else 128, dtype=dtype, device="cuda",
         zeros=options, perm=options, bias=options,
-    )  # fmt: skip  # rows that make an odd number of tiles, of 64 and of 128 each
+    )  # fmt: skip  # rows that make an odd number of tiles, of 64 and of 128, and half a tile
     dense = weight.dense64()
     ms = (1, 6, 11, 30, 61, 97, 150, 257)
     inputs = [make_input(m, 5000, dtype=dtype, device="cuda") for m in ms]
@@ -154,6 +154,36 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
                         reference.assert_close(
                             weight.gemm(x), x, dense, weight.bias, rounded=rounded
                         )
+    finally:
+        _inspect.force_plan()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_cut_in_halves(dtype: torch.dtype) -> None:
+    """Pairs that share half a tile, a tile and half a tile, and those with whole ones beside."""
+    from marlin import _inspect
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    kernels = [kernel for kernel in _inspect.plans() if kernel["cuts_tiles"]]
+    assert kernels
+    pairs, k = 3, 1500
+    x = torch.randint(-1, 2, (64, k), device="cuda").to(dtype)
+    try:
+        for each in range(5):  # tiles of every pair
+            for halves in range(1, pairs + 1):
+                n = 64 * (2 * pairs * each + halves) - 8
+                weight = make_weight(
+                    n, k, 64, dtype=dtype, device="cuda", integers=True, zeros=True
+                )
+                wanted = (x.double() @ weight.dense64().T).to(dtype)
+                for kernel in kernels:
+                    for m in (1, kernel["tokens"] - 1, kernel["tokens"]):
+                        _inspect.force_plan(kernel["id"], sms=2 * pairs, cluster=2)
+                        for static_weights in (False, True):
+                            y = weight.gemm(x[:m], static_weights=static_weights)
+                            assert torch.equal(y, wanted[:m]), (each, halves, kernel["name"], m)
     finally:
         _inspect.force_plan()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sanitizer_workload import SMS, hopper_cases
+from sanitizer_workload import HOPPER_SMS, hopper_cases
 
 from marlin import _inspect
 
@@ -93,5 +93,5 @@ def test_sanitizers_reach_every_hopper_kernel() -> None:
             clusters = [(1, 1)] if plan["runs"] else [(1, 1), (2, 1)]
             if plan["family"].startswith("sm90_prefill"):
                 clusters += [(3, 1), (2, 2)]
-            expected = {(plan["name"], sms, *cluster) for cluster in clusters for sms in SMS}
+            expected = {(plan["name"], sms, *cluster) for cluster in clusters for sms in HOPPER_SMS}
             assert expected <= reached

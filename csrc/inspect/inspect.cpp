@@ -33,6 +33,7 @@ py::dict describe(const Kernel& kernel, const char* family, int stages, int shar
   out["sparse"] = kernel.tile.sparse;
   out["any_m"] = any_m;
   out["runs"] = runs;
+  out["cuts_tiles"] = false;
   py::list rounded;
   for (const int period : {32, 64, 128}) {
     if (rounds(period)) rounded.append(period);
@@ -49,9 +50,11 @@ py::dict describe(const plan::Kernel& kernel) {
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
   const plan::DecodeTile& tile = kernel.tile;
-  return describe(kernel, tile.sparse ? "sm90_decode_24" : "sm90_decode", tile.stages(128),
-                  tile.shared_bytes(128), tile.many_tokens(), tile.runs,
-                  [&](int period) { return tile.scales_weights(period); });
+  py::dict out = describe(kernel, tile.sparse ? "sm90_decode_24" : "sm90_decode", tile.stages(128),
+                          tile.shared_bytes(128), tile.many_tokens(), tile.runs,
+                          [&](int period) { return tile.scales_weights(period); });
+  out["cuts_tiles"] = tile.cuts_tiles();
+  return out;
 }
 
 py::dict describe(const plan::PrefillKernel& kernel) {

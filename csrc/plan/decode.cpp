@@ -171,6 +171,7 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
   DecodePlan plan{};
   plan.kernel = kernel;
   plan.period = scale_period(problem);
+  plan.row_blocks = static_cast<int>(ceil_div(problem.n, 64));
   plan.row_tiles = static_cast<int>(ceil_div(problem.n, kernel.tile.rows()));
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   plan.stages = static_cast<int>(ceil_div(problem.k, kernel.tile.stage_k()));

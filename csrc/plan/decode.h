@@ -25,6 +25,13 @@ struct DecodeTile {
   constexpr bool many_tokens() const { return tokens > 64; }
   constexpr bool holds(int64_t m) const { return m <= tokens || many_tokens(); }
 
+  // Whether half of a tile may be some pair's. It takes three quarters of a tile's time, since it wants as many
+  // activations: 30.4 us and 29.2 at 28672 x 4096, M = 64, 28.3 and 23.4 at 10240 x 8192. With 32 tokens or 2:4
+  // weights nothing is gained, and where sums leave in passes the code for it costs more. (H200)
+  constexpr bool cuts_tiles() const {
+    return row_tiles == 2 && tokens > 32 && tokens <= 64 && !sparse && !runs;
+  }
+
   constexpr int mma_tokens() const { return (tokens + 7) / 8 * 8; }  // of a multiplication
 
   // Whether a stage holds activations of as many tokens as there are, up to `tokens`, or always of `tokens`:
@@ -119,22 +126,29 @@ struct DecodeKernel {
 std::span<const DecodeKernel> decode_kernels(bool sparse = false);
 
 // How a launch deals out its tiles: clusters of one block or two get runs of neighbouring tiles, equal
-// but for one. The division is done here, on the host: on the device it would hold up the first copy.
+// but for one; or equal, where those left over are cut into halves, and these are no more than one for
+// every pair (28672 rows are 224 tiles for 66 pairs: 3 each, and 52 pairs half a tile). The division is done
+// here, on the host: on the device it would hold up the first copy.
 struct DecodeDeal {
-  int cluster;     // blocks: 1 or 2
-  int each, more;  // tiles of every cluster, and how many clusters get one more
+  int cluster;             // blocks: 1 or 2
+  int each, more;          // tiles of every cluster, and how many clusters get one more
+  int halves, first_half;  // how many get half a tile, and the first one's block of rows
 
-  static constexpr DecodeDeal of(int blocks, int cluster, int tiles) {
-    const int clusters = blocks / cluster;
-    return {cluster, tiles / clusters, tiles % clusters};
+  // `row_blocks`, of 64 rows: of tiles that may be cut; 0 where they may not.
+  static constexpr DecodeDeal of(int blocks, int cluster, int tiles, int row_blocks) {
+    const int clusters = blocks / cluster, each = tiles / clusters;
+    const int first = 2 * each * clusters, left = row_blocks - first;
+    if (cluster == 2 && left > 0 && left <= clusters) return {cluster, each, 0, left, first};
+    return {cluster, each, tiles % clusters, 0, 0};
   }
 };
 
-// The tiles of one block: equal parts of its cluster's run. Where one tile is left over, a pair shares
-// it: the first block does the first half of its k, and the other the rest.
+// The tiles of one block: equal parts of its cluster's run. A tile or half a tile that is left over a
+// pair shares: the first block does the first half of its k, and the other the rest.
 struct DecodeShare {
   int first, whole;  // tiles first .. first + whole - 1
   int shared;        // the shared tile, done before them; -1: none
+  int half;          // the rows of half a tile, done before that, as a block of 64; -1: none
   int rank;          // of the block in its cluster
 
   static constexpr DecodeShare of(const DecodeDeal& deal, int block) {
@@ -142,9 +156,10 @@ struct DecodeShare {
     const int at = block >> log2, rank = block & log2;
     const int begin = at * deal.each + (at < deal.more ? at : deal.more);
     const int count = deal.each + (at < deal.more), whole = count >> log2;
-    return {begin + rank * whole, whole, count & log2 ? begin + count - 1 : -1, rank};
+    return {begin + rank * whole, whole, count & log2 ? begin + count - 1 : -1,
+            at < deal.halves ? deal.first_half + at : -1, rank};
   }
-  // A half of the stages of a shared tile.
+  // A half of the stages of what is shared.
   constexpr int first_shared_stage(int stages) const { return rank == 0 ? 0 : (stages + 1) / 2; }
   constexpr int shared_stages(int stages) const {
     return rank == 0 ? (stages + 1) / 2 : stages / 2;
@@ -219,7 +234,7 @@ static_assert(kBlock1.first_stage(0, 4) == 3 && kBlock1.end_stage(0, 4) == 4);
 struct DecodePlan {
   DecodeKernel kernel;
   int period;  // columns between scales: 32, 64, or 128 for all longer groups
-  int row_tiles, token_tiles;
+  int row_blocks, row_tiles, token_tiles;
   int stages;   // of a tile
   int cluster;  // 2: pairs of blocks that may share a tile; 1: launched without clusters
   int blocks;
@@ -227,6 +242,10 @@ struct DecodePlan {
   // are asked for at the very start of a block.
   int early_stages, first_stages;
 
+  constexpr DecodeDeal deal() const {
+    const bool cuts = kernel.tile.cuts_tiles() && token_tiles == 1;
+    return DecodeDeal::of(blocks, cluster, row_tiles * token_tiles, cuts ? row_blocks : 0);
+  }
   constexpr DecodeRuns runs() const {
     return DecodeRuns::of(blocks, row_tiles * token_tiles, stages);
   }

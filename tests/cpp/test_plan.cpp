@@ -145,11 +145,11 @@ TEST(Plan, PartitionDoesEverythingOnce) {
 }
 
 // Where blocks share tiles over memory: the one with a tile's last stages does them last, and the others, of
-// lower numbers, theirs first. `done`: how often each stage of each tile is done, so far not at all.
-void check_runs(const DecodePlan& plan, int tiles, std::vector<int>& done) {
-  const int stages = plan.stages;
+// lower numbers, theirs first.
+void check_runs(const DecodePlan& plan) {
+  const int stages = plan.stages, tiles = plan.row_tiles * plan.token_tiles;
   ASSERT_EQ(plan.cluster, 1);
-  std::vector<int> sharing(tiles);
+  std::vector<int> done(static_cast<size_t>(tiles) * stages), sharing(tiles);
   const DecodeRuns runs = plan.runs();
   int most = 0, least = tiles * stages;
   for (int block = 0; block < plan.blocks; ++block) {
@@ -177,8 +177,49 @@ void check_runs(const DecodePlan& plan, int tiles, std::vector<int>& done) {
   ASSERT_EQ(plan.partial_bytes() > 0, runs.share_tiles());
 }
 
-// What the decode kernels do with a plan, in miniature: every stage of every tile is some block's, once,
-// and the two blocks of a pair name the same tile as shared.
+// Pairs of blocks name the same tile, and the same half, as shared; whole tiles, shared ones and halves are
+// all there are, once each.
+void check_pairs(const DecodePlan& plan) {
+  const DecodeTile& tile = plan.kernel.tile;
+  const DecodeDeal deal = plan.deal();
+  const int parts = tile.row_tiles,
+            tiles = plan.row_tiles * plan.token_tiles;  // of 64 rows, of a tile
+  std::vector<int> done(static_cast<size_t>(tiles) * parts * plan.stages);
+  const auto note = [&](int part, int count, int first, int stages) {
+    for (int i = part; i < part + count; ++i) {
+      for (int stage = first; stage < first + stages; ++stage) {
+        ++done[static_cast<size_t>(i) * plan.stages + stage];
+      }
+    }
+  };
+  int most = 0, least = 4 * tiles;  // of quarters of tiles of a block
+  for (int block = 0; block < plan.blocks; ++block) {
+    const auto share = DecodeShare::of(deal, block);
+    const auto pair = DecodeShare::of(deal, block ^ 1);
+    ASSERT_EQ(share.rank, block % plan.cluster);
+    ASSERT_EQ(share.shared, plan.cluster == 1 ? -1 : pair.shared);
+    ASSERT_EQ(share.half, plan.cluster == 1 ? -1 : pair.half);
+    note(share.first * parts, share.whole * parts, 0, plan.stages);
+    const int first = share.first_shared_stage(plan.stages),
+              stages = share.shared_stages(plan.stages);
+    if (share.shared >= 0) note(share.shared * parts, parts, first, stages);
+    if (share.half >= 0) {
+      ASSERT_TRUE(tile.cuts_tiles() && plan.token_tiles == 1);
+      note(share.half, 1, first, stages);
+    }
+    const int quarters = 4 * share.whole + 2 * (share.shared >= 0) + (share.half >= 0);
+    most = std::max(most, quarters);
+    least = std::min(least, quarters);
+  }
+  // The last tile's second half may lie past the rows.
+  const auto there =
+      static_cast<size_t>(deal.halves ? plan.row_blocks : tiles * parts) * plan.stages;
+  for (size_t i = 0; i < done.size(); ++i) ASSERT_EQ(done[i], i < there);
+  const int apart = deal.halves ? 1 : plan.cluster == 2 ? 2 : 4;
+  ASSERT_LE(most - least, apart) << "work is not shared equally";
+}
+
+// What the decode kernels do with a plan, in miniature: every stage of every tile is some block's, once.
 void check_decode(const Problem& problem, const DecodePlan& plan) {
   const DecodeTile& tile = plan.kernel.tile;
   ASSERT_EQ(tile.sparse, problem.sparse);
@@ -190,37 +231,12 @@ void check_decode(const Problem& problem, const DecodePlan& plan) {
   ASSERT_GE(plan.stages * int64_t{tile.stage_k()}, problem.k);
   ASSERT_EQ(plan.blocks % plan.cluster, 0);
   ASSERT_LE(plan.blocks, problem.device.sm_count);
-  const int tiles = plan.row_tiles * plan.token_tiles;
-  std::vector<int> done(static_cast<size_t>(tiles) * plan.stages);
   if (tile.runs) {
-    ASSERT_NO_FATAL_FAILURE(check_runs(plan, tiles, done));
+    ASSERT_NO_FATAL_FAILURE(check_runs(plan));
     return;
   }
   ASSERT_EQ(plan.partial_bytes(), 0);
-  int most = 0, least = 2 * tiles;  // of half tiles of a block
-  const auto deal = DecodeDeal::of(plan.blocks, plan.cluster, tiles);
-  for (int block = 0; block < plan.blocks; ++block) {
-    const auto share = DecodeShare::of(deal, block);
-    const auto pair = DecodeShare::of(deal, block ^ 1);
-    ASSERT_EQ(share.rank, block % plan.cluster);
-    ASSERT_EQ(share.shared, plan.cluster == 1 ? -1 : pair.shared);
-    for (int i = 0; i < share.whole; ++i) {
-      for (int stage = 0; stage < plan.stages; ++stage) {
-        ++done[static_cast<size_t>(share.first + i) * plan.stages + stage];
-      }
-    }
-    if (share.shared >= 0) {
-      const int first = share.first_shared_stage(plan.stages);
-      for (int i = 0; i < share.shared_stages(plan.stages); ++i) {
-        ++done[static_cast<size_t>(share.shared) * plan.stages + first + i];
-      }
-    }
-    const int half_tiles = 2 * share.whole + (share.shared >= 0);
-    most = std::max(most, half_tiles);
-    least = std::min(least, half_tiles);
-  }
-  for (const int times : done) ASSERT_EQ(times, 1);
-  ASSERT_LE(most - least, plan.cluster == 2 ? 1 : 2) << "work is not shared equally";
+  ASSERT_NO_FATAL_FAILURE(check_pairs(plan));
 }
 
 TEST(Plan, DecodeGridsDoEverythingOnce) {
@@ -246,6 +262,29 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
     ASSERT_NO_FATAL_FAILURE(check_decode(problem, decode_plan_with(kernel, cluster, problem)));
   }
   EXPECT_FALSE(select_decode({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
+}
+
+TEST(Plan, DecodeCutsTilesThatAreLeftOver) {
+  const auto deal = [](int64_t m, int64_t n, bool sparse = false) {
+    Problem problem{m, n, 4096, 128, device_of(90, 132), sparse};
+    problem.device.wgmma = true;
+    return select_decode(problem)->deal();
+  };
+  const DecodeDeal cut = deal(64, 28672);  // 224 tiles of 128 rows, 66 pairs
+  EXPECT_EQ(cut.each, 3);
+  EXPECT_EQ(cut.more, 0);
+  EXPECT_EQ(cut.halves, 52);
+  EXPECT_EQ(cut.first_half, 396);
+  const DecodeShare share = DecodeShare::of(cut, 102);  // the last pair but 14
+  EXPECT_EQ(share.half, 396 + 51);
+  EXPECT_EQ(share.shared, 51 * 3 + 2);
+  EXPECT_EQ(share.whole, 1);
+  EXPECT_EQ(DecodeShare::of(cut, 104).half, -1);
+  EXPECT_EQ(deal(48, 10240).halves, 28);
+  EXPECT_EQ(deal(64, 8192).halves, 0);         // 64 tiles: a half for every pair would not do
+  EXPECT_EQ(deal(64, 57344).halves, 0);        // 52 tiles left over
+  EXPECT_EQ(deal(64, 28672, true).halves, 0);  // 2:4
+  EXPECT_EQ(deal(32, 28672).halves, 0);
 }
 
 // What was the fastest of all kernels on an H200; nothing: a prefill kernel.

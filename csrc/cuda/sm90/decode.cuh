@@ -13,8 +13,8 @@
 // shared memory and go on with the next tile, while a finisher warp adds the splits in order and
 // stores; those of the last tile, with runs also of one before a short rest, they add and store
 // themselves, and all where there is no finisher (S::kHasFinisher). Where the tiles do not go round,
-// pairs of blocks share one (plan::DecodeShare), or, in kernels for that, any blocks some
-// (plan::DecodeRun).
+// pairs of blocks share one, and in some kernels half of another (plan::DecodeShare), or, in kernels
+// for that, any blocks some (plan::DecodeRun).
 //
 // Programmatic dependent launch: with `static_weights` the producers fill the ring with weights while
 // the previous kernel still runs; activations are read, and outputs written, only after it has

@@ -55,11 +55,15 @@ struct DecodeFinish {
 
   // Says how much run() of the other block will send. Before that block can.
   __device__ void expect() const {
-    const Cursor work(p);  // the shared tile comes first, if there is one
+    const Cursor work(p);  // what is shared comes first, if there is anything
+    const DecodeBarriers<S> barriers{base + S::kBarriersAt};
     for (int pass = 0; pass < S::kPasses; ++pass) {
       const Tokens tokens(p, work, pass);
-      ptx::mbarrier_arrive_expect(received(pass),
-                                  max(tokens.end - tokens.begin, 0) * S::kRows / 2 * 4);
+      const int sums_of_row = max(tokens.end - tokens.begin, 0);
+      ptx::mbarrier_arrive_expect(barriers.received(pass), sums_of_row * S::kRows / 2 * 4);
+      if constexpr (S::kCutsTiles) {
+        ptx::mbarrier_arrive_expect(barriers.received_half(), sums_of_row * 64 / 2 * 4);
+      }
     }
   }
 
@@ -101,7 +105,7 @@ struct DecodeFinish {
   __device__ void store_gathered(const Cursor& work, int pass, int thread) const {
     constexpr int kEach = S::kRows / 4;
     const Tokens tokens(p, work, pass);
-    const int column = work.row_tile() * S::kRows;
+    const int column = work.row_block() * 64;
     int first_sender = work.block();
     if (kThreads > 32 && work.gathers()) {  // then it is the block's last tile
       ptx::mbarrier_wait(received(pass), 0);
@@ -122,24 +126,36 @@ struct DecodeFinish {
 
   template <int kThreads>
   __device__ void store_or_exchange(const Cursor& work, int pass, int thread) const {
-    constexpr int kHalf = S::kRows / 2;
-    const Tokens tokens(p, work, pass);
-    const int column = work.row_tile() * S::kRows;
-    if (!work.shared()) {
-      constexpr int kEach = S::kRows / 4;  // of a token
-      for (int i = tokens.begin * kEach + thread; i < tokens.end * kEach; i += kThreads) {
-        const int token = i / kEach, row = i % kEach * 4;
-        store(sum_of(token, row), tokens.first + token, column + row);
-      }
+    if (work.half()) {
+      exchange<kThreads, 64>(work, pass, thread);
       return;
     }
-    constexpr int kEach = kHalf / 4;
+    if (work.shared()) {
+      exchange<kThreads, S::kRows>(work, pass, thread);
+      return;
+    }
+    constexpr int kEach = S::kRows / 4;  // of a token
+    const Tokens tokens(p, work, pass);
+    const int column = work.row_block() * 64;
+    for (int i = tokens.begin * kEach + thread; i < tokens.end * kEach; i += kThreads) {
+      const int token = i / kEach, row = i % kEach * 4;
+      store(sum_of(token, row), tokens.first + token, column + row);
+    }
+  }
+
+  template <int kThreads, int kRows>
+  __device__ void exchange(const Cursor& work, int pass, int thread) const {
+    const Tokens tokens(p, work, pass);
+    constexpr int kHalf = kRows / 2, kEach = kHalf / 4;
+    const int column = work.row_block() * 64;
     const int begin = tokens.begin * kEach + thread, end = tokens.end * kEach;
-    const int mine = work.share.rank * kHalf, theirs = kHalf - mine;
-    const uint32_t inbox = base + S::kReceivedAt + pass * S::kPassTokens * kHalf * 4;
-    const uint32_t received = DecodeBarriers<S>{base + S::kBarriersAt}.received(pass);
-    const uint32_t to = ptx::address_in_block(inbox, work.share.rank ^ 1);
-    const uint32_t barrier = ptx::address_in_block(received, work.share.rank ^ 1);
+    const int mine = work.share.rank * kHalf, theirs = kHalf - mine, other = work.share.rank ^ 1;
+    const uint32_t inbox = base + S::kReceivedAt + pass * S::kPassTokens * S::kRows / 2 * 4;
+    const uint32_t to = ptx::address_in_block(inbox, other);
+    const DecodeBarriers<S> barriers{base + S::kBarriersAt};
+    const uint32_t received = work.half() ? barriers.received_half() : barriers.received(pass);
+    const uint32_t barrier = ptx::address_in_block(received, other);
+    if (work.shared_before()) ptx::mbarrier_wait(barriers.room_free(), 0);
     for (int i = begin; i < end; i += kThreads) {
       ptx::send_to_block(to + i * 16, barrier, sum_of(i / kEach, theirs + i % kEach * 4));
     }
@@ -149,6 +165,9 @@ struct DecodeFinish {
       float4 sum = sum_of(token, row);
       add(sum, ptx::load_shared<float4>(inbox + i * 16));
       store(sum, tokens.first + token, column + row);
+    }
+    if (work.shares_next()) {
+      ptx::mbarrier_arrive_in_block(ptx::address_in_block(barriers.room_free(), other));
     }
   }
 

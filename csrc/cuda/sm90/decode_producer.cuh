@@ -23,13 +23,13 @@ struct DecodeProducer {
     int row_blocks, blocks;  // of 64 rows, and of a row block
 
     __device__ Weights(const DecodeParams<Element>& p, const Cursor& work) {
-      const int row_block = work.row_tile() * S::kRowTiles;
+      const int row_block = work.row_block();
       const int first_block = work.first_stage() * S::kStageBlocks;
       from = p.qweight + layout::word_index(row_block, first_block, p.k_blocks, 0, 0);
       meta = p.meta + (int64_t{row_block} * p.k_blocks + first_block) * layout::kMetaWordsPerBlock;
       to_next_row_block = int64_t{p.k_blocks} * layout::kWordsPerBlock;
       to_next_meta = int64_t{p.k_blocks} * layout::kMetaWordsPerBlock;
-      row_blocks = min(S::kRowTiles, p.n_blocks - row_block);
+      row_blocks = min(work.row_blocks(), p.n_blocks - row_block);
       blocks = min(work.stages() * S::kStageBlocks, p.k_blocks - first_block);
     }
 
@@ -136,7 +136,7 @@ struct DecodeProducer {
     const int bytes = S::kRows * groups * (p.has_zeros ? 3 : 2);
 #pragma unroll 1
     for (Cursor work(p); work.valid(); work.advance()) {
-      const int row = work.row_tile() * S::kRows;
+      const int row = work.row_block() * 64;
       const int first = work.first_stage(), end = first + work.stages();
 #pragma unroll 1
       for (int stage = first; stage < end; ++stage) {

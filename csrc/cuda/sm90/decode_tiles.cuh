@@ -29,7 +29,7 @@ template <int kTokens_, int kRowTiles_, int kSplits_, int kStageBlocks_, int kBl
 struct DecodeShape {
   static constexpr plan::DecodeTile kTile{kTokens_,      kRowTiles_,    kSplits_, kStageBlocks_,
                                           kBlocksPerSm_, kInputStages_, kSparse_, kRuns_};
-  static constexpr bool kSparse = kSparse_, kRuns = kRuns_;
+  static constexpr bool kSparse = kSparse_, kRuns = kRuns_, kCutsTiles = kTile.cuts_tiles();
   static constexpr int kStepColumns = sm90::kStepColumns<kSparse_>;
   static constexpr int kTokens = kTile.mma_tokens(), kRowTiles = kRowTiles_, kSplits = kSplits_;
   static constexpr int kStageBlocks = kStageBlocks_, kBlocksPerSm = kBlocksPerSm_;
@@ -70,7 +70,8 @@ struct DecodeShape {
   static_assert(kInputStages <= plan::DecodeTile::kMostStages);
   static_assert(kPassTokens % 8 == 0 && kInputBytes % 1024 == 0);
   static_assert(!kTile.many_tokens() || kTokens == kTile.tokens);
-  static_assert(8 * (2 * kStages + 2 * kInputStages + 2 + kPasses) <= kTile.kBarrierBytes);
+  static_assert(8 * (2 * kStages + 2 * kInputStages + 4 + kPasses) <= kTile.kBarrierBytes);
+  static_assert(!kCutsTiles || kPasses == 1);  // the finisher exchanges the sums of half a tile
   static_assert(kRows <= 256 && kScaleBytes % 128 == 0);  // as tensor copies want it
 
   // Registers per thread: what a block's threads have at its launch, shared out anew among its roles.
@@ -96,6 +97,10 @@ struct DecodeBarriers {
   __device__ uint32_t sums_free() const { return sums_full() + 8; }
   // Of what the other block of a pair sends; with kRuns, of all that other blocks leave.
   __device__ uint32_t received(int pass) const { return sums_free() + 8 + 8 * pass; }
+  // Where tiles are cut: the same of half a tile, and of the other block's room for both, which holds half a
+  // tile's sums first.
+  __device__ uint32_t received_half() const { return received(S::kPasses); }
+  __device__ uint32_t room_free() const { return received_half() + 8; }
 
   // Those that the first copies of weights need, by the warp that asks for them.
   __device__ void init_first() const {
@@ -122,6 +127,10 @@ struct DecodeBarriers {
       ptx::mbarrier_init(sums_full(), S::kConsumers);
       ptx::mbarrier_init(sums_free(), 32);
       for (int pass = 0; pass < S::kPasses; ++pass) ptx::mbarrier_init(received(pass), 1);
+      if constexpr (S::kCutsTiles) {
+        ptx::mbarrier_init(received_half(), 1);
+        ptx::mbarrier_init(room_free(), 32);
+      }
     }
     ptx::mbarrier_init_fence();
   }
@@ -138,7 +147,9 @@ struct DecodeTileOf {
 
   // Row tile by row tile of the first token tile, then of the next. Where there is one, nothing is
   // divided, since that would hold up the first copies.
-  __device__ int row_tile() const { return one_token_tile() ? tile() : tile() % p.row_tiles; }
+  __device__ int row_block() const {  // of 64 rows: the first
+    return (one_token_tile() ? tile() : tile() % p.row_tiles) * S::kRowTiles;
+  }
   __device__ int token() const { return one_token_tile() ? 0 : tile() / p.row_tiles * S::kTokens; }
   // What the tile holds: the last of several begins early enough to be full, and does some tokens that
   // the one before it stores.
@@ -151,27 +162,38 @@ struct DecodeTileOf {
   __device__ int tile() const { return static_cast<const Cursor*>(this)->tile(); }
 };
 
-// A block's tiles, in turn: the one that its pair shares, of which it does its half of k, then the others.
+// A block's tiles, in turn: half a tile and the tile that its pair shares, of which it does its half of k, then
+// the others.
 template <typename Element, typename S>
 struct DecodePairCursor : DecodeTileOf<DecodePairCursor<Element, S>, Element, S> {
   using Base = DecodeTileOf<DecodePairCursor<Element, S>, Element, S>;
   using Base::p;
   plan::DecodeShare share;
-  int at;  // -1: the shared tile
+  int at;  // -2: half a tile; -1: the shared tile
 
   __device__ explicit DecodePairCursor(const DecodeParams<Element>& params)
       : Base{params},
         share(plan::DecodeShare::of(params.deal, static_cast<int>(blockIdx.x))),
-        at(share.shared < 0 ? 0 : -1) {}
+        at(S::kCutsTiles && share.half >= 0 ? -2 : after_half()) {}
   __device__ bool valid() const { return at < share.whole; }
-  __device__ bool last() const { return at + 1 == share.whole; }
-  __device__ void advance() { ++at; }
+  __device__ bool last() const { return next() == share.whole; }
+  __device__ void advance() { at = next(); }
+  __device__ bool half() const { return S::kCutsTiles && at == -2; }
   __device__ bool shared() const { return at < 0; }
+  // Whether another tile that the pair shares comes after this one, or came before it.
+  __device__ bool shares_next() const { return half() && share.shared >= 0; }
+  __device__ bool shared_before() const { return S::kCutsTiles && at == -1 && share.half >= 0; }
+  __device__ int row_block() const { return half() ? share.half : Base::row_block(); }
+  __device__ int row_blocks() const { return half() ? 1 : S::kRowTiles; }
   // Whether the consumers store the tile: nobody else does, or nothing else is left to do.
   __device__ bool consumers_store() const { return !S::kHasFinisher || last(); }
   __device__ int tile() const { return shared() ? share.shared : share.first + at; }
   __device__ int first_stage() const { return shared() ? share.first_shared_stage(p.stages) : 0; }
   __device__ int stages() const { return shared() ? share.shared_stages(p.stages) : p.stages; }
+
+ private:
+  __device__ int after_half() const { return share.shared < 0 ? 0 : -1; }
+  __device__ int next() const { return half() ? after_half() : at + 1; }
 };
 
 // A block's tiles, in turn, where any blocks share them over memory: from the last to the first.
@@ -188,6 +210,8 @@ struct DecodeRunCursor : DecodeTileOf<DecodeRunCursor<Element, S>, Element, S> {
   __device__ bool valid() const { return at < run.tiles; }
   __device__ bool last() const { return at + 1 == run.tiles; }
   __device__ void advance() { ++at; }
+  __device__ bool half() const { return false; }
+  __device__ int row_blocks() const { return S::kRowTiles; }
   __device__ int tile() const { return run.last - at; }
   __device__ int first_stage() const { return run.first_stage(tile(), p.stages); }
   __device__ int stages() const { return run.end_stage(tile(), p.stages) - first_stage(); }

@@ -134,7 +134,7 @@ void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cud
   describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.row_tiles = plan.row_tiles;
   p.token_tiles = plan.token_tiles;
-  p.deal = plan::DecodeDeal::of(plan.blocks, plan.cluster, plan.row_tiles * plan.token_tiles);
+  p.deal = plan.deal();
   p.stages = plan.stages;
   p.runs = plan.runs();
   p.partials = operands.partials;
