@@ -31,20 +31,21 @@ METHOD = (
     "variant embeddings and the projection to the vocabulary are fp16, queries, keys and values "
     "are one linear layer, gate and up another; fp16 is torch.nn.functional.linear (cuBLAS); "
     "attention is torch's by cuDNN over a static cache, which decode fills by its last token; "
-    "norms, rotary positions, SwiGLU and the choice are {pieces} in every variant; a step is one "
+    "norms, rotary positions and SwiGLU are {pieces} in every variant; a step is one "
     "CUDA graph and ends with the greedy choice of the next token; ms: median of 7 replays, each "
     "timed by itself, one after the other after one rest; sustained_ms, of decode: median of 7 "
     "windows of 10 ms of replays (one replay where it takes longer) after 3; ms of prefill is the "
     "time to the first token; peak_bytes: the most memory that torch had allocated while the step "
     "was captured and replayed: weights, the cache of that batch, activations, workspaces; error: "
     "of the graph's logits, and of the keys and values that the step writes, against the same step "
-    "without torch.compile and graph, relative"
+    "without graph and with norms and the like as they are, relative"
 )
 
 # What lies between matrix products and attention.
 PIECES = {
-    "early": "Triton kernels that let the next kernel start early (benchmarks/e2e_pieces.py)",
-    "compiled": "compiled by torch.compile",
+    "early": "Triton kernels that let the next kernel start early (benchmarks/e2e_pieces.py), and "
+    "the choice is compiled by torch.compile,",
+    "compiled": "compiled by torch.compile, as is the choice,",
     "plain": "as they are",
 }
 
@@ -55,7 +56,7 @@ def starts_early() -> bool:
 
 
 def make_pieces(kind: str) -> Pieces:
-    """Those of a kind; they are compiled afresh, since a model's sizes are constants."""
+    """Those of a kind. What is compiled is so afresh: a model's sizes are constants."""
     if kind == "early":
         from benchmarks.e2e_pieces import early_pieces  # Triton comes with torch for CUDA only
 
@@ -219,9 +220,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pieces",
         choices=PIECES,
-        default="early" if starts_early() else "compiled",
-        help="norms and the like: kernels that let the next one start early (where the GPU can), "
-        "by torch.compile, or as they are",
+        help="norms and the like: kernels that let the next one start early (the default where the "
+        "GPU can do so), by torch.compile (elsewhere), or as they are",
     )
     parser.add_argument("--commit", help="what to record, where the checkout has no git history")
     parser.add_argument("--json", type=Path, help="where to write the results")
@@ -230,6 +230,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @torch.no_grad()
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, and writes the JSON if asked to, after every variant."""
+    if args.pieces == "early" and not starts_early():
+        print("benchmarks e2e: --pieces early needs a GPU of compute capability 9.0 or later")
+        return 2
+    args.pieces = args.pieces or ("early" if starts_early() else "compiled")
     partial = partial_because(args)
     if partial:
         print(f"partial results: {partial}")

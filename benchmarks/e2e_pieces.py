@@ -18,7 +18,7 @@ from benchmarks.e2e_model import EPS, Pieces, choose
 
 @triton.jit
 def let_next_start():
-    """By every block; then nothing is read or written that another kernel has to do with."""
+    """By every block; before it nothing is read or written that another kernel has to do with."""
     tl.extra.cuda.gdc_launch_dependents()
     tl.extra.cuda.gdc_wait()
 

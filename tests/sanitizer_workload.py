@@ -1,7 +1,8 @@
 """A short run of every kernel for compute-sanitizer (``make sanitize``), checked against fp64.
 
 Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own and a
-read past its end, or of scratch that nobody wrote, is seen.
+read past its end, or of scratch that nobody wrote, is seen; and with SANITIZER=racecheck under that
+tool, for which some cases are too long (see SHORT_K).
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ from marlin import _inspect
 SHAPES = ((72, 200, 32), (77, 301, 128), (320, 5000, 64))  # N, K, group size
 SHAPES_24 = ((72, 200, 32), (77, 300, 128), (320, 5000, 64))
 SMS = (0, 3)  # multiprocessors: on three, blocks do many units
-# racecheck seems to let no warp of a block past `barrier.cluster.wait` before all are there, and
-# those that copy get there after their last copy: no ring may go round. Some have three stages.
-RINGS_GO_ROUND = os.environ.get("SANITIZER") != "racecheck"
-HOPPER_K = 700 if RINGS_GO_ROUND else 72
-HOPPER_SMS = (0, 4)  # on four, two pairs of blocks do several tiles, share one, and half a one
+HOPPER_K = 700
+# racecheck seems to let no warp of a block past `barrier.cluster.wait` before all are there. In
+# decode kernels in pairs of blocks, those that copy get there after their last copy: there no ring
+# may go round, of which some have three stages.
+SHORT_K = 72
+RACECHECK = os.environ.get("SANITIZER") == "racecheck"
+# Of 13 blocks of rows, two pairs of blocks do several tiles, share one, and half a one; of six, one
+# shares a tile and half a one, and no more; of three, one shares half a one, and all do one each.
+HOPPER_SMS = (0, 5)
+HALF_TILE_SMS = (6, 12)
 
 
 def multiply_with(make: Maker, shapes: tuple[tuple[int, int, int], ...], family: str) -> None:
@@ -73,12 +79,19 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
         if not few:
             clusters += [(3, 1), (2, 2)]
         for cluster, shares in clusters:
-            for sms in HOPPER_SMS:
+            for sms in (*HOPPER_SMS, *(HALF_TILE_SMS if kernel["cuts_tiles"] else ())):
+                partition = {"sms": sms, "cluster": cluster, "input_shares": shares}
                 ms = [1, max(kernel["tokens"] - 1, 1)] if few else [33, 300]
-                if few and kernel["any_m"] and RINGS_GO_ROUND:
+                if few and kernel["any_m"] and columns_of(kernel, partition) == HOPPER_K:
                     ms.append(2 * kernel["tokens"] - 1)
                 for m in ms:
-                    yield kernel, {"sms": sms, "cluster": cluster, "input_shares": shares}, m
+                    yield kernel, partition, m
+
+
+def columns_of(kernel: dict[str, Any], partition: dict[str, int]) -> int:
+    """K of a case."""
+    decodes = kernel["family"].startswith("sm90_decode")
+    return SHORT_K if RACECHECK and decodes and partition["cluster"] == 2 else HOPPER_K
 
 
 def multiply_on_hopper(part: int = 0, parts: int = 1) -> None:
@@ -89,12 +102,14 @@ def multiply_on_hopper(part: int = 0, parts: int = 1) -> None:
         weights = {}
         for sparse, make in ((False, make_weight), (True, make_weight_24)):
             options = ALL_OPTIONS[make] if full else {}
-            w = make(776, HOPPER_K, group_size, dtype=dtype, device="cuda", **options)
-            weights[sparse] = w, w.dense64()
+            for k in (HOPPER_K, SHORT_K):
+                w = make(776, k, group_size, dtype=dtype, device="cuda", **options)
+                weights[sparse, k] = w, w.dense64()
         for kernel, partition, m in list(hopper_cases())[part::parts]:
             _inspect.force_plan(kernel["id"], **partition)
-            x = make_input(m, HOPPER_K, dtype=dtype, device="cuda")
-            w, dense = weights[kernel["sparse"]]
+            k = columns_of(kernel, partition)
+            x = make_input(m, k, dtype=dtype, device="cuda")
+            w, dense = weights[kernel["sparse"], k]
             rounded = reference.kernel_rounds(kernel, group_size)
             # Blocks that share tiles over memory read flags that nobody has cleared (see
             # decode_finish.cuh), and initcheck does not see what the copy engine stores: prefill

@@ -183,6 +183,12 @@ def test_layers_keep_the_variance(variant: str, device: str) -> None:
     )
 
 
+def test_early_pieces_need_a_gpu_that_can(benchmarks, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmarks("e2e", *TINY, "--pieces", "early") == 2
+    assert "--pieces early needs a GPU of compute capability 9.0" in capsys.readouterr().out
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("model", ["llama-3-8b", "qwen2.5-32b"])
@@ -192,7 +198,7 @@ def test_early_pieces(tokens: int, model: str) -> None:
         pytest.skip("needs programmatic dependent launch (compute capability 9.0)")
     torch.manual_seed(0)
     pieces = e2e.make_pieces("early")
-    sizes = replace(MODELS[model], hidden=640, mlp=1000)
+    sizes = replace(MODELS[model], hidden=640, heads=MODELS[model].heads + 4, mlp=1000)
     batch, length = 3, 9
     rows, features = batch * tokens, (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
 

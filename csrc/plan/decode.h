@@ -25,9 +25,9 @@ struct DecodeTile {
   constexpr bool many_tokens() const { return tokens > 64; }
   constexpr bool holds(int64_t m) const { return m <= tokens || many_tokens(); }
 
-  // Whether half of a tile may be some pair's. It takes three quarters of a tile's time, since it wants as many
-  // activations: 30.4 us and 29.2 at 28672 x 4096, M = 64, 28.3 and 23.4 at 10240 x 8192. With 32 tokens or 2:4
-  // weights nothing is gained, and where sums leave in passes the code for it costs more. (H200)
+  // Whether a pair may get half a tile. It takes three quarters of a tile's time, since it wants as many activations:
+  // 30.9 us and 29.9 at 28672 x 4096, M = 64, 28.5 and 23.6 at 10240 x 8192. With 32 tokens or 2:4 weights nothing is
+  // gained, and where sums leave in passes the code for it costs more. (H200)
   constexpr bool cuts_tiles() const {
     return row_tiles == 2 && tokens > 32 && tokens <= 64 && !sparse && !runs;
   }
@@ -243,8 +243,8 @@ struct DecodePlan {
   int early_stages, first_stages;
 
   constexpr DecodeDeal deal() const {
-    const bool cuts = kernel.tile.cuts_tiles() && token_tiles == 1;
-    return DecodeDeal::of(blocks, cluster, row_tiles * token_tiles, cuts ? row_blocks : 0);
+    return DecodeDeal::of(blocks, cluster, row_tiles * token_tiles,
+                          kernel.tile.cuts_tiles() ? row_blocks : 0);
   }
   constexpr DecodeRuns runs() const {
     return DecodeRuns::of(blocks, row_tiles * token_tiles, stages);

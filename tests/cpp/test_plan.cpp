@@ -182,8 +182,8 @@ void check_runs(const DecodePlan& plan) {
 void check_pairs(const DecodePlan& plan) {
   const DecodeTile& tile = plan.kernel.tile;
   const DecodeDeal deal = plan.deal();
-  const int parts = tile.row_tiles,
-            tiles = plan.row_tiles * plan.token_tiles;  // of 64 rows, of a tile
+  const int parts = tile.row_tiles;  // of a tile: 64 rows each
+  const int tiles = plan.row_tiles * plan.token_tiles;
   std::vector<int> done(static_cast<size_t>(tiles) * parts * plan.stages);
   const auto note = [&](int part, int count, int first, int stages) {
     for (int i = part; i < part + count; ++i) {
@@ -204,7 +204,8 @@ void check_pairs(const DecodePlan& plan) {
               stages = share.shared_stages(plan.stages);
     if (share.shared >= 0) note(share.shared * parts, parts, first, stages);
     if (share.half >= 0) {
-      ASSERT_TRUE(tile.cuts_tiles() && plan.token_tiles == 1);
+      ASSERT_TRUE(tile.cuts_tiles());
+      ASSERT_EQ(plan.token_tiles, 1);
       note(share.half, 1, first, stages);
     }
     const int quarters = 4 * share.whole + 2 * (share.shared >= 0) + (share.half >= 0);
@@ -275,7 +276,7 @@ TEST(Plan, DecodeCutsTilesThatAreLeftOver) {
   EXPECT_EQ(cut.more, 0);
   EXPECT_EQ(cut.halves, 52);
   EXPECT_EQ(cut.first_half, 396);
-  const DecodeShare share = DecodeShare::of(cut, 102);  // the last pair but 14
+  const DecodeShare share = DecodeShare::of(cut, 102);  // the last pair with a half
   EXPECT_EQ(share.half, 396 + 51);
   EXPECT_EQ(share.shared, 51 * 3 + 2);
   EXPECT_EQ(share.whole, 1);

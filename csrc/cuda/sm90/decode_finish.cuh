@@ -12,6 +12,9 @@ namespace marlin::cuda::sm90 {
 // the other block, whose barrier counts the bytes. Addition of two numbers is commutative, so the
 // order of the two blocks' sums makes no difference.
 //
+// Sums of half a tile and of a tile go through the same room in shared memory: a block sends the second once the
+// other has read the first.
+//
 // Of a tile that blocks share over memory (S::kRuns), the block with the last stages stores all rows. The
 // others leave their sums in the call's scratch, and a flag that says so: a number which memory that holds
 // anything else does not hold by chance, so that scratch need not be cleared. Whoever has seen a flag clears

@@ -97,8 +97,7 @@ struct DecodeBarriers {
   __device__ uint32_t sums_free() const { return sums_full() + 8; }
   // Of what the other block of a pair sends; with kRuns, of all that other blocks leave.
   __device__ uint32_t received(int pass) const { return sums_free() + 8 + 8 * pass; }
-  // Where tiles are cut: the same of half a tile, and of the other block's room for both, which holds half a
-  // tile's sums first.
+  // Where tiles are cut: of what it sends of half a tile, and that it has read what this block sent of one.
   __device__ uint32_t received_half() const { return received(S::kPasses); }
   __device__ uint32_t room_free() const { return received_half() + 8; }
 
