@@ -45,10 +45,10 @@ int64_t stages_per_block(const DecodePlan& plan) {
 // that they wait for all the weights that were asked for before the previous kernel had finished. Where a
 // block does much, and few tokens leave little else to wait for, a few stages are better than a ring full:
 // 18.8 us against 19.4 at 28672 x 4096, M = 1, 60.9 against 65.1 at 57344 x 8192. Where it does little,
-// what is there early counts: 3.8 against 4.4 at 4096 x 4096. In models, where other kernels run in between, so
-// it is with 16 tokens: 61.1 us a block of Llama-3-8B for 62.7, 103 of Qwen2.5-32B for 106; in a chain of products
-// 0 to 5% less, or 1% more at 8192 x 8192. (H200, group 128, fp16; between 8 and 24 stages of 512 columns nothing
-// was measured.)
+// what is there early counts: 3.8 against 4.4 at 4096 x 4096. With 16 tokens a few are better in models, where other
+// kernels run in between: 61.1 us a block of Llama-3-8B for 62.7, 103 of Qwen2.5-32B for 106; in a chain of
+// products it is 5% less to 1% more. (H200, group 128, fp16; between 8 and 24 stages of 512 columns nothing was
+// measured.)
 int early_stages(const DecodePlan& plan) {
   constexpr int kFewTokens = 8, kMuch = 24, kEarly = 4, kMoreTokens = 16, kMoreEarly = 6;
   const DecodeTile& tile = plan.kernel.tile;
@@ -62,7 +62,8 @@ int early_stages(const DecodePlan& plan) {
 
 // Where two blocks fit a multiprocessor, a block starts when the kernel before the previous one ends, and
 // the previous one then asks for its activations: weights that are asked for at once come before them,
-// which small layers feel: 3.7 us against 4.0 at 4096 x 4096, M = 1; but 9.8 against 9.5 at 4096 x 14336 (where one block fits now).
+// which small layers feel: 3.7 us against 4.0 at 4096 x 4096, M = 1; but 9.8 against 9.5 at 4096 x 14336,
+// which has another kernel now.
 int first_stages(const DecodePlan& plan) {
   constexpr int kMuch = 10;
   if (plan.kernel.tile.blocks_per_sm > 1 && stages_per_block(plan) <= kMuch) return 0;
