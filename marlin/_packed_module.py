@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from marlin._inductor import kernels_leave_waits_out
 from marlin._linear_checks import check_dtypes_kept, state_dict_problems
 from marlin._weight_watch import WeightWatch
 from marlin.formats.packed import aligned
@@ -45,10 +46,10 @@ class PackedModule(nn.Module):
 
     def _weights_are_static(self) -> bool:
         """Whether no kernel in flight can be writing the weights: see ``static_weights``."""
+        if torch.compiler.is_compiling():
+            return bool(self.static_weights) and not kernels_leave_waits_out()
         if self.static_weights is not None:
             return self.static_weights
-        if torch.compiler.is_compiling():
-            return False
         return self._watch.unchanged(self._buffers.values())
 
     @property

@@ -41,9 +41,9 @@ class MarlinLinear(PackedLinear):
             writes through ``.data``, writes by CUDA graph replays or by code that is not
             PyTorch's, and a tensor freed and made anew at the same address between two calls: set
             False if a kernel writes the weights in such a way. Set True if nothing writes them
-            while the model runs, for compiled graphs and layers made in inference mode; but not
-            together with ``torch._inductor.config.triton.enable_pdl``, whose kernels take it that
-            the one before them started after all others had ended, and may read too early.
+            while the model runs, for compiled graphs and layers made in inference mode. Graphs that
+            are compiled with ``torch._inductor.config.triton.enable_pdl`` don't promise it even
+            then: kernels of theirs would start early, and read before they wait.
     """
 
     sparse = False

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._inductor.config
 from layers import make_layer
 
 from marlin import MarlinLinear
@@ -69,8 +70,13 @@ def test_promise_can_be_set_by_hand() -> None:
     assert promises(layer) == [True, True]
 
 
-@pytest.mark.parametrize("promise", [None, True])
-def test_compiled_and_exported_graphs_promise_only_if_told(promise: bool | None) -> None:
+@pytest.mark.parametrize(
+    ("promise", "leaves_waits_out"), [(None, False), (True, False), (True, True)]
+)
+def test_compiled_and_exported_graphs_promise_only_if_told(
+    promise: bool | None, leaves_waits_out: bool
+) -> None:
+    """And not where inductor's kernels may start early, and read before they wait."""
     layer, x = make_layer(), torch.randn(2, 200).half()
     layer.static_weights = promise
     promises(layer)
@@ -80,10 +86,12 @@ def test_compiled_and_exported_graphs_promise_only_if_told(promise: bool | None)
         found.extend(node.kwargs for node in graph.graph.nodes if "gemm" in str(node.target))
         return graph
 
-    torch.compile(layer, fullgraph=True, backend=backend)(x)
-    exported = torch.export.export(layer, (x,)).graph
+    with torch._inductor.config.patch({"triton.enable_pdl": leaves_waits_out}):
+        torch.compile(layer, fullgraph=True, backend=backend)(x)
+        exported = torch.export.export(layer, (x,)).graph
     found += [node.kwargs for node in exported.nodes if "gemm" in str(node.target)]
-    assert [bool(kwargs.get("static_weights")) for kwargs in found] == [bool(promise)] * 2
+    promised = bool(promise) and not leaves_waits_out
+    assert [bool(kwargs.get("static_weights")) for kwargs in found] == [promised] * 2
 
 
 @pytest.mark.parametrize("assign", [True, False])

@@ -38,6 +38,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
+from marlin._inductor import kernels_leave_waits_out
 from marlin._linear_checks import check_operands
 from marlin._part import BLOCK
 from marlin.formats.checkpoint import Checkpoint
@@ -277,7 +278,8 @@ class MarlinLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self.lead:
             x = F.pad(x, (self.lead, 0))
         op = torch.ops.marlin.gemm_24 if self.sparse else torch.ops.marlin.gemm
-        output: Tensor = op(x, *self._operands(layer), bias, static_weights=True)
+        static = not (torch.compiler.is_compiling() and kernels_leave_waits_out())
+        output: Tensor = op(x, *self._operands(layer), bias, static_weights=static)
         return output
 
 
