@@ -141,6 +141,7 @@ def test_wrong_results_are_not_timed(benchmarks, monkeypatch, capsys) -> None:
         (["--context", "-5"], "argument --context: got '-5'"),
         (["--layers", "two"], "argument --layers: got 'two'"),
         (["--model", "gpt-2"], "argument --model: invalid choice: 'gpt-2'"),
+        (["--pieces", "fast"], "argument --pieces: invalid choice: 'fast'"),
     ],
 )
 def test_bad_options(benchmarks, capsys, options: list[str], message: str) -> None:

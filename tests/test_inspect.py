@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sanitizer_workload
 from sanitizer_workload import HOPPER_SMS, hopper_cases
 
 from marlin import _inspect
@@ -95,3 +96,14 @@ def test_sanitizers_reach_every_hopper_kernel() -> None:
                 clusters += [(3, 1), (2, 2)]
             expected = {(plan["name"], sms, *cluster) for cluster in clusters for sms in HOPPER_SMS}
             assert expected <= reached
+
+
+@pytest.mark.parametrize("name", ["prefill", "hopper:4/4", "hopper:0/99", "hopper:", "hopper:1"])
+def test_sanitizers_refuse_parts_that_there_are_not(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    assert sanitizer_workload.main([name]) == 2
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"got {name}; the parts are pack,")
+    assert "hopper:0/4 the first quarter of hopper" in printed

@@ -54,10 +54,8 @@ int early_stages(const DecodePlan& plan) {
   const DecodeTile& tile = plan.kernel.tile;
   const int ring = tile.stages(plan.period);
   if (tile.tokens <= kFewTokens) return stages_per_block(plan) > kMuch ? kEarly : ring;
-  const bool fills_multiprocessor = tile.blocks_per_sm == 1;
-  if (tile.tokens == kMoreTokens && fills_multiprocessor && !tile.sparse)
-    return std::min(kMoreEarly, ring);
-  return ring;
+  const bool some = tile.tokens == kMoreTokens && tile.blocks_per_sm == 1 && !tile.sparse;
+  return some ? std::min(kMoreEarly, ring) : ring;
 }
 
 // Where two blocks fit a multiprocessor, a block starts when the kernel before the previous one ends, and

@@ -145,6 +145,9 @@ struct DecodeDeal {
 
 // The tiles of one block: equal parts of its cluster's run. A tile or half a tile that is left over a
 // pair shares: the first block does the first half of its k, and the other the rest.
+//
+//     rows      0  1 | 2  3 | 4  5 | 6  7 | 8  9 |10 11 |12    13 blocks of 64, 7 tiles for two pairs
+//     block     0      1      0+1    2      3      2+3    0+1   every pair has 3, and one half a tile
 struct DecodeShare {
   int first, whole;  // tiles first .. first + whole - 1
   int shared;        // the shared tile, done before them; -1: none
@@ -165,6 +168,16 @@ struct DecodeShare {
     return rank == 0 ? (stages + 1) / 2 : stages / 2;
   }
 };
+
+namespace example {  // the picture above
+inline constexpr DecodeDeal kDeal = DecodeDeal::of(4, 2, 7, 13);
+inline constexpr DecodeShare kThird = DecodeShare::of(kDeal, 2);
+static_assert(kDeal.each == 3 && kDeal.more == 0 && kDeal.halves == 1 && kDeal.first_half == 12);
+static_assert(DecodeShare::of(kDeal, 0).half == 12 && DecodeShare::of(kDeal, 1).half == 12);
+static_assert(DecodeShare::of(kDeal, 1).first == 1 && DecodeShare::of(kDeal, 1).shared == 2);
+static_assert(kThird.first == 3 && kThird.whole == 1 && kThird.shared == 5 && kThird.half == -1);
+static_assert(DecodeDeal::of(4, 2, 7, 0).more == 1);  // not cut: the first pair has a tile more
+}  // namespace example
 
 // Divides by a number that only the host knows: on the device a division would hold up the first copy.
 struct Divisor {

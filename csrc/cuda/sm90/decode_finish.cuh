@@ -108,7 +108,7 @@ struct DecodeFinish {
   __device__ void store_gathered(const Cursor& work, int pass, int thread) const {
     constexpr int kEach = S::kRows / 4;
     const Tokens tokens(p, work, pass);
-    const int column = work.row_block() * 64;
+    const int column = work.row();
     int first_sender = work.block();
     if (kThreads > 32 && work.gathers()) {  // then it is the block's last tile
       ptx::mbarrier_wait(received(pass), 0);
@@ -139,7 +139,7 @@ struct DecodeFinish {
     }
     constexpr int kEach = S::kRows / 4;  // of a token
     const Tokens tokens(p, work, pass);
-    const int column = work.row_block() * 64;
+    const int column = work.row();
     for (int i = tokens.begin * kEach + thread; i < tokens.end * kEach; i += kThreads) {
       const int token = i / kEach, row = i % kEach * 4;
       store(sum_of(token, row), tokens.first + token, column + row);
@@ -150,7 +150,7 @@ struct DecodeFinish {
   __device__ void exchange(const Cursor& work, int pass, int thread) const {
     const Tokens tokens(p, work, pass);
     constexpr int kHalf = kRows / 2, kEach = kHalf / 4;
-    const int column = work.row_block() * 64;
+    const int column = work.row();
     const int begin = tokens.begin * kEach + thread, end = tokens.end * kEach;
     const int mine = work.share.rank * kHalf, theirs = kHalf - mine, other = work.share.rank ^ 1;
     const uint32_t inbox = base + S::kReceivedAt + pass * S::kPassTokens * S::kRows / 2 * 4;

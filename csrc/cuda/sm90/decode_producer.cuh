@@ -136,7 +136,7 @@ struct DecodeProducer {
     const int bytes = S::kRows * groups * (p.has_zeros ? 3 : 2);
 #pragma unroll 1
     for (Cursor work(p); work.valid(); work.advance()) {
-      const int row = work.row_block() * 64;
+      const int row = work.row();
       const int first = work.first_stage(), end = first + work.stages();
 #pragma unroll 1
       for (int stage = first; stage < end; ++stage) {

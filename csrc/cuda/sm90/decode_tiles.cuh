@@ -149,6 +149,7 @@ struct DecodeTileOf {
   __device__ int row_block() const {  // of 64 rows: the first
     return (one_token_tile() ? tile() : tile() % p.row_tiles) * S::kRowTiles;
   }
+  __device__ int row() const { return static_cast<const Cursor*>(this)->row_block() * 64; }
   __device__ int token() const { return one_token_tile() ? 0 : tile() / p.row_tiles * S::kTokens; }
   // What the tile holds: the last of several begins early enough to be full, and does some tokens that
   // the one before it stores.
