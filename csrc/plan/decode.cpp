@@ -69,10 +69,10 @@ int first_stages(const DecodePlan& plan) {
 }
 
 // A model of the time of a plan in microseconds, fitted to an H200, to compare plans of one problem. A launch
-// takes 2 us to start; a tile takes something for its weights and something for every token. 2:4 sparse weights
-// are fewer bytes, but read activations twice as often, which tiles of 64 rows feel. To share tiles over memory
-// takes 3 us, and more for more sums and more blocks to a tile: they, and then a flag, are written to L2, seen
-// by another multiprocessor and read, one after the other.
+// takes 2 us to start; a tile takes something for its weights and something for every token, and one of 128 rows
+// something at its end. 2:4 sparse weights are fewer bytes, but read activations twice as often, which tiles of
+// 64 rows feel. To share tiles over memory takes 3 us, and more for more sums and more blocks to a tile: they,
+// and then a flag, are written to L2, seen by another multiprocessor and read, one after the other.
 struct Estimate {
   double us;
   // Of it, what of the start does not show in a chain of launches. Where some pairs have a tile less than
@@ -81,14 +81,24 @@ struct Estimate {
   double hidden_us = 0;
 };
 
+// What a tile takes, to a dense one's time where there is one token tile: several find weights in L2, but 2:4
+// ones read the more activations.
+double pace(const DecodePlan& plan) {
+  const DecodeTile& tile = plan.kernel.tile;
+  const bool several = plan.token_tiles > 1;
+  if (!tile.sparse) return several ? 0.96 : 1;
+  if (tile.row_tiles == 2) return 0.7;
+  if (!tile.many_tokens()) return 0.78;
+  return !several ? 0.72 : tile.tokens == 80 ? 0.81 : 0.77;
+}
+
 Estimate estimate(const DecodePlan& plan) {
-  constexpr double kStart = 2, kMargin = 1.05;
+  constexpr double kStart = 2;
   const DecodeTile& tile = plan.kernel.tile;
   const double per_1024_columns =
-      tile.row_tiles == 1 ? std::max(1.0, 0.2 + 0.0262 * tile.tokens) : 1.4 + 0.036 * tile.tokens;
-  const double sparse = !tile.sparse ? 1 : tile.row_tiles == 1 ? 0.78 : 0.75;
+      tile.row_tiles == 1 ? std::max(1.0, 0.2 + 0.0262 * tile.tokens) : 1.4 + 0.034 * tile.tokens;
   const double columns = static_cast<double>(plan.stages) * tile.stage_k();
-  const double of_tile = columns / 1024 * per_1024_columns * sparse;
+  const double of_tile = columns / 1024 * per_1024_columns * pace(plan);
   const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles,
                 clusters = plan.blocks / plan.cluster;
   if (tile.runs) {
@@ -97,13 +107,23 @@ Estimate estimate(const DecodePlan& plan) {
     const double senders = std::max(1.0, 1 / most);
     const double sharing =
         plan.runs().share_tiles() ? 3 + tile.tokens * tile.rows() / 2048.0 * senders : 0;
-    return {kMargin * (kStart + most * of_tile + sharing)};  // taken where they gain for certain
+    return {kStart + most * of_tile + sharing};
   }
   const int64_t of_pair = ceil_div(tiles, clusters);
   const double most = static_cast<double>(of_pair) / plan.cluster;
   const double mean = static_cast<double>(tiles) / plan.blocks;
   const bool hides = of_pair % plan.cluster == 0;
-  return {kStart + most * of_tile, hides ? std::min(kStart, (most - mean) * of_tile) : 0};
+  const double ends = tile.row_tiles == 2 ? 0.45 * static_cast<double>(of_pair) : 0;
+  return {kStart + most * of_tile + ends, hides ? std::min(kStart, (most - mean) * of_tile) : 0};
+}
+
+// Kernels that share tiles over memory are taken where they gain for certain.
+constexpr double kForCertain = 1.05;
+
+// To compare with other decode kernels for many tokens.
+double us_in_chain(const DecodePlan& plan) {
+  const Estimate time = estimate(plan);
+  return plan.kernel.tile.runs ? kForCertain * time.us : time.us - time.hidden_us;
 }
 
 // The first kernel of the table for few tokens that suits.
@@ -136,20 +156,14 @@ std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
   for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
     if (!suits(kernel, problem)) continue;
     const DecodePlan plan = decode_plan_with(kernel, 2, problem);
-    const Estimate time = estimate(plan);
-    least_alone = best ? std::min(least_alone, time.us) : time.us;
-    if (best && time.us - time.hidden_us >= least) continue;
-    least = time.us - time.hidden_us;
+    const double alone = estimate(plan).us, in_chain = us_in_chain(plan);
+    least_alone = best ? std::min(least_alone, alone) : alone;
+    if (best && in_chain >= least) continue;
+    least = in_chain;
     best = plan;
   }
   if (!best) return best;
-  // Two blocks that share k take 4 to 6 us longer than the model of prefill kernels says (29.4, not 23.9, at 5120 x
-  // 5120, M = 192; 32.8, not 28.6, at M = 256), but 2 less at 5120 x 27648, M = 224 (118, not 120; H200): so a
-  // constant and not a factor. What more blocks add is a guess.
-  const PrefillPlan prefill = *select_prefill(problem);
-  const int k_shares = prefill.cluster / prefill.input_shares;
-  const double sharing_us = k_shares > 1 ? 2 * k_shares : 0;
-  return sharing_us + estimated_us(prefill) < least_alone ? std::nullopt : best;
+  return estimated_us(*select_prefill(problem)) < least_alone ? std::nullopt : best;
 }
 
 }  // namespace
@@ -191,7 +205,7 @@ std::optional<DecodePlan> select_decode(const Problem& problem) {
   // nothing (57344 x 8192, M = 32: 84 us with runs of 64 rows, 79 with pairs of 128; H200).
   const auto runs = select_for_few_tokens(problem, true);
   const bool compare = runs && runs->kernel.tile.row_tiles == pairs->kernel.tile.row_tiles;
-  return compare && estimate(*runs).us < estimate(*pairs).us ? runs : pairs;
+  return compare && kForCertain * estimate(*runs).us < estimate(*pairs).us ? runs : pairs;
 }
 
 }  // namespace marlin::plan
