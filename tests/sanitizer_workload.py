@@ -7,6 +7,7 @@ tool, for which some cases are too long (see SHORT_K).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,21 @@ HOPPER_SMS = (0, 5)
 HALF_TILE_SMS = (6, 12)
 
 
+@contextlib.contextmanager
+def torch_fills(new_memory: bool) -> Iterator[None]:
+    """Torch fills scratch and outputs (with NaN) where initcheck cannot tell what was written.
+
+    It does not see what the copy engine stores, that is, prefill kernels' outputs; and blocks that
+    share tiles over memory read flags that nobody has cleared (decode_finish.cuh). It then sees no
+    partial sums that nobody left; outputs are compared in any case.
+    """
+    torch.use_deterministic_algorithms(new_memory)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def multiply_with(make: Maker, shapes: tuple[tuple[int, int, int], ...], family: str) -> None:
     """Every kernel of an sm80 family and the planner's choice, with and without every option."""
     ids = [kernel["id"] for kernel in _inspect.plans() if kernel["family"] == family]
@@ -48,8 +64,10 @@ def multiply_with(make: Maker, shapes: tuple[tuple[int, int, int], ...], family:
                         for m in (1, 9, 20, 70) if id == -1 else (7,):
                             x = make_input(m, k, dtype=dtype, device="cuda")
                             rounded = False if id >= 0 else None
+                            with torch_fills(id == -1):
+                                y = w.gemm(x)
                             reference.assert_close(
-                                w.gemm(x), x, dense, w.bias,
+                                y, x, dense, w.bias,
                                 rounded=rounded, group_size=group_size,
                                 sparse=make is make_weight_24,
                             )  # fmt: skip
@@ -105,20 +123,17 @@ def multiply_on_hopper(part: int = 0, parts: int = 1) -> None:
             for k in (HOPPER_K, SHORT_K):
                 w = make(776, k, group_size, dtype=dtype, device="cuda", **options)
                 weights[sparse, k] = w, w.dense64()
-        for kernel, partition, m in list(hopper_cases())[part::parts]:
+        cases = list(hopper_cases())[part::parts]
+        for done, (kernel, partition, m) in enumerate(cases):
+            if done % 20 == 0:  # racecheck takes seconds a launch
+                print(f"{done} of {len(cases)} launches, {dtype}", flush=True)
             _inspect.force_plan(kernel["id"], **partition)
             k = columns_of(kernel, partition)
             x = make_input(m, k, dtype=dtype, device="cuda")
             w, dense = weights[kernel["sparse"], k]
             rounded = reference.kernel_rounds(kernel, group_size)
-            # Blocks that share tiles over memory read flags that nobody has cleared (see
-            # decode_finish.cuh), and initcheck does not see what the copy engine stores: prefill
-            # kernels' outputs. Here torch fills scratch and outputs (with NaN) first. initcheck
-            # then sees no partial sums that nobody left; outputs are compared in any case.
-            fills = kernel["runs"] or kernel["family"].startswith("sm90_prefill")
-            torch.use_deterministic_algorithms(fills)
-            y = w.gemm(x)
-            torch.use_deterministic_algorithms(False)
+            with torch_fills(kernel["runs"] or kernel["family"].startswith("sm90_prefill")):
+                y = w.gemm(x)
             reference.assert_close(y, x, dense, w.bias, rounded=rounded)
     _inspect.force_plan()
 
