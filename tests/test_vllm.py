@@ -235,6 +235,28 @@ class TestLayers:
         compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), layer(x)[0])
 
+    @pytest.mark.parametrize("leaves_waits_out", [False, True])
+    def test_no_weights_early_where_kernels_leave_waits_out(self, leaves_waits_out: bool) -> None:
+        layers = {"m.up_proj": make_layer(90, 72, 32)}
+        layer = ReplicatedLinear(
+            72, 90, False, quant_config=config_of(layers), params_dtype=HALF, prefix="m.up_proj"
+        )
+        load(layer, layers, [None])
+        graphs: list[torch.fx.GraphModule] = []
+
+        def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        with torch._inductor.config.patch({"triton.enable_pdl": leaves_waits_out}):
+            torch.compile(lambda x: layer(x)[0], fullgraph=True, backend=keep)(
+                torch.randn(3, 72, dtype=HALF)
+            )
+        (product,) = [
+            node for node in graphs[0].graph.nodes if node.target is torch.ops.marlin.gemm
+        ]
+        assert product.kwargs["static_weights"] is not leaves_waits_out
+
     def test_scales_of_another_dtype(self) -> None:
         layers = {"m.up_proj": make_layer(90, 72, 32)}
         layer = ReplicatedLinear(
