@@ -74,6 +74,16 @@ py::list plans() {
 py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16, bool sparse,
                   int sm, int sms) {
   if (m < 1 || n < 1 || k < 1) throw py::value_error("plan_for: m, n and k must be at least 1");
+  // As many features and elements as no tensor has: what follows counts tiles and their stages in ints.
+  constexpr int64_t kFeatures = int64_t{1} << 31, kElements = int64_t{1} << 40;
+  const auto too_many = [](int64_t a, int64_t b) { return a > kElements / b; };
+  if (m >= kFeatures || n >= kFeatures || k >= kFeatures || too_many(m, k) || too_many(n, k) ||
+      too_many(m, n)) {
+    throw py::value_error(
+        "plan_for: m, n and k must be below 2^31 and m * k, n * k and m * n at most 2^40, got m "
+        "= " +
+        std::to_string(m) + ", n = " + std::to_string(n) + ", k = " + std::to_string(k));
+  }
   if (sms < 1) throw py::value_error("plan_for: sms (multiprocessors) must be at least 1");
   if (group_size != -1 && group_size != 32 && group_size != 64 && group_size != 128) {
     throw py::value_error("plan_for: group_size must be -1, 32, 64 or 128, got " +

@@ -113,11 +113,11 @@ Estimate estimate(const DecodePlan& plan) {
   const double most = static_cast<double>(of_pair) / plan.cluster;
   const double mean = static_cast<double>(tiles) / plan.blocks;
   const bool hides = of_pair % plan.cluster == 0;
-  const double ends = tile.row_tiles == 2 ? 0.45 * static_cast<double>(of_pair) : 0;
+  const double ends = tile.row_tiles == 2 ? 0.9 * most : 0;
   return {kStart + most * of_tile + ends, hides ? std::min(kStart, (most - mean) * of_tile) : 0};
 }
 
-// Kernels that share tiles over memory are taken where they gain for certain.
+// Of decode kernels, those that share tiles over memory are taken where they gain for certain.
 constexpr double kForCertain = 1.05;
 
 // To compare with other decode kernels for many tokens.
@@ -129,9 +129,9 @@ double us_in_chain(const DecodePlan& plan) {
 // The first kernel of the table for few tokens that suits.
 std::optional<DecodePlan> select_for_few_tokens(const Problem& problem, bool runs) {
   for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
-    const bool suits =
+    const bool suits_layer =
         runs || problem.n <= kernel.most_n || problem.n * problem.k <= kernel.most_weights;
-    if (kernel.tile.runs != runs || kernel.tile.many_tokens() || !suits) continue;
+    if (kernel.tile.runs != runs || kernel.tile.many_tokens() || !suits_layer) continue;
     if (kernel.tile.tokens >= problem.m) return decode_plan_with(kernel, 2, problem);
   }
   return std::nullopt;
