@@ -78,6 +78,7 @@ def call_runs(
     if not function.args.args:
         return []
     reader = _Reader(function.args.args[0].arg, harmless)
+    kept = set(_kept_names(function, reader))
     count = Counter(_calls(function))
     for other in others:
         try:
@@ -94,12 +95,16 @@ def call_runs(
             assigned.update(_targets(statement))  # from here on it is another input
         for found in sites.values():
             if len({site.name for site in found}) > 1:
-                runs += _split(found, block, reader, count)
+                runs += _split(found, block, reader, count, kept)
     return list(dict.fromkeys(runs))
 
 
 def _split(
-    sites: list[_Site], block: Sequence[ast.stmt], reader: _Reader, count: Counter[str]
+    sites: list[_Site],
+    block: Sequence[ast.stmt],
+    reader: _Reader,
+    count: Counter[str],
+    kept: Collection[str],
 ) -> Iterator[CallRun]:
     """Runs that are as long as can be, from calls on one input."""
     for site in sites:
@@ -110,6 +115,8 @@ def _split(
     for site in (site for site in sites if count[site.name] == 1):
         statements = block[(run or [site])[0].index : site.index + 1]
         problem = _Statements(statements, site.variable, reader).problem()
+        if run and site.variable in kept:  # of whose writers the source shows none
+            problem = f"forward calls it on {site.variable}, which may be a tensor that self keeps"
         if problem:
             yield from _run_of(run, problem)
             run, cut = [], problem
@@ -150,6 +157,33 @@ def _blocks(function: ast.FunctionDef) -> Iterator[Sequence[ast.stmt]]:
                 yield block
 
 
+def _kept_names(function: ast.FunctionDef, reader: _Reader) -> Iterator[str]:
+    """Variables that may share memory with what the module keeps, as after ``h = self.state``."""
+    names: set[str] = set()
+    before = -1
+    while len(names) > before:  # until an alias of an alias is found, too
+        before = len(names)
+        for node in ast.walk(function):
+            match node:
+                case ast.Assign(targets=targets, value=value):
+                    pass
+                case ast.AnnAssign(target=target, value=ast.expr() as value):
+                    targets = [target]
+                case ast.NamedExpr(target=target, value=value) | ast.For(target=target, iter=value):
+                    targets = [target]
+                case _:
+                    continue
+            if reader.shares(value, names):
+                names |= {name for target in targets for name in _names(target)}
+            if any(map(reader.is_state, targets)):
+                names |= {name for name in _names(value) if reader.shares(value, {name})}
+    yield from names - {reader.receiver}
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {found.id for found in ast.walk(node) if isinstance(found, ast.Name)}
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Knows ``self`` by its name, and which of its children are harmless."""
@@ -166,6 +200,35 @@ class _Reader:
 
     def is_harmless(self, node: ast.AST) -> bool:
         return self.child(node) in self.harmless
+
+    def is_state(self, node: ast.AST) -> bool:
+        """Whether this is what the module keeps, or in it: ``self.state``, ``self.states[0]``."""
+        match node:
+            case ast.Attribute(value=ast.Name(id=owner), attr=attr):
+                return owner == self.receiver and attr not in METADATA
+            case ast.Attribute(value=value) | ast.Subscript(value=value) | ast.Starred(value=value):
+                return self.is_state(value)
+        return False
+
+    def shares(self, node: ast.AST, names: Collection[str]) -> bool:
+        """Whether a value may share memory with what the module keeps, or with these variables.
+
+        Results of operators and calls are new, but those of methods that read, which may be views.
+        """
+        match node:
+            case ast.Name(id=name):
+                return name in names
+            case ast.Call(func=ast.Attribute(value=owner, attr=attr)) if attr in READING_METHODS:
+                return self.shares(owner, names)
+            case ast.Attribute(attr=attr) if attr in METADATA:
+                return False
+            case ast.Attribute(value=value) | ast.Subscript(value=value) | ast.Starred(value=value):
+                return self.is_state(node) or self.shares(value, names)
+            case ast.IfExp(body=body, orelse=orelse):
+                return self.shares(body, names) or self.shares(orelse, names)
+            case ast.Tuple(elts=values) | ast.List(elts=values) | ast.BoolOp(values=values):
+                return any(self.shares(value, names) for value in values)
+        return False
 
     def sites(self, statement: ast.stmt, index: int, names: Collection[str]) -> Sequence[_Site]:
         """The calls of these children on a variable, in their order."""

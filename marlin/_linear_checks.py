@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from marlin.formats.packed import COMPUTE_DTYPES, describe, group_size_of, operands
 from marlin.formats.sparse import places_problem, quad_problem
@@ -81,9 +81,13 @@ def check_operands(
 
 
 def _value_problem(name: str, tensor: Tensor | None) -> str:
-    """Why values cannot be used: of ``zeros``, of ``places``, of ``perm`` (read out of bounds)."""
+    """Why values cannot be used: of ``scales``, ``zeros``, ``places``, ``perm`` (out of bounds)."""
     if tensor is None or tensor.is_meta:
         return ""
+    if type(tensor) not in (Tensor, nn.Parameter):  # a fake one has no values, say
+        return ""
+    if name == "scales" and not bool(torch.isfinite(tensor).all()):
+        return "scales: got NaN or infinity; every scale must be finite; the file is damaged"
     if name == "zeros" and int(tensor.max()) > 15:
         return (
             f"zeros: got {int(tensor.max())}; zero points are 0..15, one per byte; unpack them "
@@ -126,21 +130,30 @@ def check_dtypes_kept(
             "torch.int32; cast with .to(dtype), which leaves integers as they are"
         )
     for name in ("scales", "bias"):
-        tensor = tensors[name]
-        if tensor is None or tensor.dtype == dtype or tensor.is_meta:
-            continue
-        if name == "scales" and bool(((tensor != 0) & (tensor.to(dtype) == 0)).any()):
-            smallest = float(tensor.abs()[tensor != 0].min())
-            raise ValueError(
-                f"{layer}: got a cast to {dtype} with scales down to {smallest:g}, which "
-                f"become 0 in it; keep the layer in {tensor.dtype}"
-            )
-        largest = float(tensor.abs().max())
-        if largest > torch.finfo(dtype).max:
-            raise ValueError(
-                f"{layer}: got a cast to {dtype} with {name} up to {largest:g}; its largest "
-                f"number is {torch.finfo(dtype).max:g}; keep the layer in {tensor.dtype}"
-            )
+        problem = _cast_problem(name, tensors[name], dtype)
+        if problem:
+            raise ValueError(f"{layer}: {problem}")
+
+
+def _cast_problem(name: str, tensor: Tensor | None, dtype: torch.dtype) -> str:
+    """Why ``scales`` or ``bias`` cannot be cast: numbers become 0 or infinity; or nothing."""
+    if tensor is None or tensor.dtype == dtype or tensor.is_meta:
+        return ""
+    if type(tensor) not in (Tensor, nn.Parameter):  # a fake one has no values, say
+        return ""
+    if name == "scales" and bool(((tensor != 0) & (tensor.to(dtype) == 0)).any()):
+        smallest = float(tensor.abs()[tensor != 0].min())
+        return (
+            f"got a cast to {dtype} with scales down to {smallest:g}, which become 0 in it; keep "
+            f"the layer in {tensor.dtype}"
+        )
+    largest = float(tensor.abs().max())
+    if largest > torch.finfo(dtype).max:
+        return (
+            f"got a cast to {dtype} with {name} up to {largest:g}; its largest number is "
+            f"{torch.finfo(dtype).max:g}; keep the layer in {tensor.dtype}"
+        )
+    return ""
 
 
 def state_dict_problems(
@@ -180,7 +193,10 @@ def state_dict_problems(
                 )
     for key, value in found.items():
         own = buffers[key]
-        if isinstance(value, Tensor) and own is not None:
+        if not isinstance(value, Tensor):
+            kind_of_value = type(value).__name__
+            problems.append(f"{name}.{key}: got a {kind_of_value}; it must be a torch.Tensor")
+        elif own is not None:
             problems += _entry_problems(layer, key, own, value, name, assign)
     return problems
 
@@ -200,4 +216,7 @@ def _entry_problems(
         wanted = str(own.dtype).removeprefix("torch.")
         return [f"{name}.{key}: got {describe(value)}; it must be {wanted}; {fix}"]
     problem = _value_problem(key, value)
-    return [f"{name}.{problem}"] if problem else []
+    if problem:
+        return [f"{name}.{problem}"]
+    problem = _cast_problem(key, value, own.dtype) if floating else ""
+    return [f"{name}.{key}: {problem}"] if problem else []

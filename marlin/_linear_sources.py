@@ -16,6 +16,22 @@ from marlin.quantize import check_weight, quantize_rtn
 ZEROS_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
+def check_linear(linear: nn.Linear, layer: str = "") -> None:
+    """Refuse a layer whose tensors are not of the sizes that it says, or whose bias is no float."""
+    n, k = linear.out_features, linear.in_features
+    if linear.weight.shape != (n, k):
+        raise ValueError(
+            f"{label(layer)}weight: got {describe(linear.weight)}; out_features={n} and "
+            f"in_features={k} of the layer say [{n}, {k}]; set them to the weight's sizes"
+        )
+    bias = linear.bias
+    if bias is not None and (bias.shape != (n,) or not bias.is_floating_point()):
+        raise ValueError(
+            f"{label(layer)}bias: got {describe(bias)}; it must be float [{n}], as out_features "
+            "says; repair it, or set it to None"
+        )
+
+
 def quantize_linear(
     linear: nn.Linear,
     group_size: int,
@@ -27,6 +43,7 @@ def quantize_linear(
     """Round a float layer to nearest; ``choose`` says which weights a 2:4 sparse one keeps."""
     weight = linear.weight.detach()
     check_weight(weight, dtype, layer)
+    check_linear(linear, layer)
     kept = None if choose is None else choose(weight)
     if kept is not None:
         weight = weight.where(kept, 0)

@@ -7,9 +7,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from marlin._linear_checks import check_operands
-from marlin._linear_sources import quantize_linear, read_gptq
+from marlin._linear_sources import check_linear, quantize_linear, read_gptq
 from marlin._packed_module import PackedModule
 from marlin.formats.awq import pack_awq
 from marlin.formats.compressed_tensors import pack_compressed_tensors
@@ -122,6 +123,7 @@ class PackedLinear(PackedModule):
         if dtype is None:
             dtype = weight.dtype if weight.dtype in COMPUTE_DTYPES else torch.float16
         if weight.is_meta:
+            check_linear(linear, layer)
             made = cls._empty(
                 linear.in_features,
                 linear.out_features,
@@ -241,7 +243,18 @@ class PackedLinear(PackedModule):
             input = input.to(scales.dtype)
         if input.dim() and input.stride(-1) != 1:  # nn.Linear takes a transposed input, too
             input = input.contiguous()
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            return self._multiply_dual(input, buffers)
         return self._multiply(input, buffers)
+
+    def _multiply_dual(self, input: Tensor, buffers: Mapping[str, Tensor | None]) -> Tensor:
+        """As :meth:`forward` under forward-mode AD, of which torch's ops of others know nothing."""
+        primal, tangent = forward_ad.unpack_dual(input)  # type: ignore[no-untyped-call]
+        output = self._multiply(primal, buffers)
+        if tangent is None:
+            return output
+        moved = self._multiply(tangent, {**buffers, "bias": None})
+        return cast(Tensor, forward_ad.make_dual(output, moved))  # type: ignore[no-untyped-call]
 
     def _multiply(self, input: Tensor, buffers: Mapping[str, Tensor | None]) -> Tensor:
         raise NotImplementedError

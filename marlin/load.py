@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from marlin._computed_buffers import rebuild_computed_buffers
 from marlin._unlisted_layers import refuse_to_save_unlisted
 from marlin.formats.checkpoint import Checkpoint, CheckpointError
+from marlin.formats.container import TensorInfo
 from marlin.formats.native import (
+    CHECKED,
     LEAVES,
     PackedShape,
     check_packed_tensors,
@@ -26,6 +28,7 @@ from marlin.linear24 import MarlinLinear24
 from marlin.replace import reason_to_keep
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _device_of(module: nn.Module, wanted: torch.device | None) -> torch.device:
@@ -64,20 +67,27 @@ def module_problem(model: nn.Module, name: str, shape: PackedShape, has_bias: bo
     return None
 
 
+def _read_leaves(checkpoint: Checkpoint, name: str, leaves: Iterable[str]) -> dict[str, Tensor]:
+    """Those that the checkpoint has of a layer's tensors."""
+    full = {leaf: f"{name}.{leaf}" for leaf in leaves}
+    return {leaf: checkpoint.read(f) for leaf, f in full.items() if f in checkpoint.tensors}
+
+
 def packed_layer(
     checkpoint: Checkpoint, name: str, shape: PackedShape, device: torch.device
 ) -> nn.Module:
     """A layer of the checkpoint, whole, on ``device``."""
-    tensors = {
-        leaf: checkpoint.read(f"{name}.{leaf}")
-        for leaf in LEAVES
-        if f"{name}.{leaf}" in checkpoint.tensors
-    }
+    tensors = _read_leaves(checkpoint, name, LEAVES)
     check_values(name, tensors)
     sizes = {"in_features": shape.in_features, "out_features": shape.out_features}
     kind: Any = MarlinLinear24 if shape.sparse else MarlinLinear
     layer: nn.Module = kind.from_packed(**tensors, **sizes)
     return layer.to(device)
+
+
+def check_layer(checkpoint: Checkpoint, name: str) -> None:
+    """Refuse a layer of the checkpoint whose values cannot be right; its qweight is not read."""
+    check_values(name, _read_leaves(checkpoint, name, CHECKED))
 
 
 def _assign(module: nn.Module, leaf: str, value: Tensor) -> None:
@@ -153,14 +163,7 @@ def _load_group(
     places: dict[str, tuple[nn.Module, str]],
     device: torch.device | None,
 ) -> None:
-    present = [name for name in names if name in checkpoint.tensors]
-    value = checkpoint.read(present[0])
-    for other in present[1:]:
-        if not torch.equal(checkpoint.read(other), value):
-            raise CheckpointError(
-                f"the model ties {present[0]} to {other} but the checkpoint holds different "
-                "values: build the model untied"
-            )
+    value = checkpoint.read(next(name for name in names if name in checkpoint.tensors))
     module, leaf = places[names[0]]
     _assign(module, leaf, value.to(_device_of(module, device)))
     shared = _value((module, leaf))
@@ -168,6 +171,37 @@ def _load_group(
         module, leaf = places[name]
         tensors: dict[str, Any] = module.__dict__["_parameters"]
         (tensors if leaf in tensors else module._buffers)[leaf] = shared
+
+
+def _compare_tied(checkpoint: Checkpoint, names: list[str]) -> list[str]:
+    """Tensors that the model ties, of which the checkpoint holds different ones."""
+    first, *others = (name for name in names if name in checkpoint.tensors)
+    if not others:
+        return []
+    value = checkpoint.read(first).flatten().view(torch.uint8)
+    return [
+        f"the model ties {first} to {other} but the checkpoint holds different values: build the "
+        "model untied"
+        for other in others
+        if not torch.equal(checkpoint.read(other).flatten().view(torch.uint8), value)
+    ]
+
+
+def _kind_problem(info: TensorInfo, own: Tensor) -> str:
+    """Why a tensor of the checkpoint cannot stand in for one of the model's, or nothing."""
+    found = info.torch_dtype
+    known = found is not None and (
+        found == own.dtype
+        or (found in FLOATS if own.is_floating_point() else not found.is_floating_point)
+    )
+    wanted = str(own.dtype).removeprefix("torch.")
+    if known:
+        return ""
+    return (
+        f"{info.name}: the checkpoint holds {info.dtype}, the model {wanted}: want "
+        f"{'a float of 16 bits or more' if own.is_floating_point() else 'an integer'}; build the "
+        "model that was saved, or convert again"
+    )
 
 
 def _compare_names(
@@ -196,20 +230,21 @@ def load(
 
     Every module that ``quantization_config["modules"]`` lists is replaced by a ``MarlinLinear``, or
     by a ``MarlinLinear24`` where its weight is stored 2:4 sparse; every other parameter and
-    persistent buffer takes the checkpoint's tensor and its dtype. The model may be on any device,
-    meta included: ``device`` says where its tensors go, None keeps each where it is (the CPU for
-    meta). Names that share one tensor stay tied. The match is strict. With ``fuse``, layers that
-    read the same input become one GEMM afterwards: :func:`marlin.fuse`, which also says which.
+    persistent buffer takes the checkpoint's tensor and its dtype, a float for a float. The model
+    may be on any device, meta included: ``device`` says where its tensors go, None keeps each where
+    it is (the CPU for meta). Names that share one tensor stay tied. The match is strict. With
+    ``fuse``, layers that read the same input become one GEMM afterwards: :func:`marlin.fuse`, which
+    also says which.
 
     Only plain ``nn.Linear`` layers are replaced: not subclasses, nor layers with hooks,
     parametrizations or a forward of their own. Tensors of the checkpoint that are non-persistent
     buffers of the model, or that its ``_keys_to_ignore_on_load_unexpected`` names, are left out.
 
     Raises :class:`~marlin.formats.checkpoint.CheckpointError` naming every module and tensor that
-    is missing, unexpected, or of another shape; the model is unchanged when names or shapes do not
-    match.
+    is missing, unexpected, damaged, or of another shape or kind of dtype, before the model is
+    changed.
     """
-    fill(model, directory, device, packed_layer)
+    fill(model, directory, device, packed_layer, check_layer)
     if fuse:
         fuse_layers(model)
     return model
@@ -220,8 +255,12 @@ def fill(
     directory: str | Path,
     device: torch.device | str | None,
     read_layer: Callable[[Checkpoint, str, PackedShape, torch.device], nn.Module],
+    check_layer: Callable[[Checkpoint, str], None],
 ) -> ModelT:
-    """What :func:`load` does, with other layers, as ``read_layer`` makes them, in place of its."""
+    """What :func:`load` does, with other layers, as ``read_layer`` makes them, in place of its.
+
+    ``check_layer`` refuses those whose values cannot be right, before the model is changed.
+    """
     checkpoint = Checkpoint.open(directory)
     modules = packed_modules(checkpoint.config)
     check_packed_tensors(checkpoint, modules)
@@ -251,6 +290,18 @@ def fill(
                 f"{name}: the checkpoint's shape is {list(info.shape)}, the model's "
                 f"{list(_value(place).shape)}"
             )
+        elif info is not None and (problem := _kind_problem(info, _value(place))):
+            problems.append(problem)
+    if problems:
+        raise CheckpointError(problems, where=checkpoint.directory)
+    # Then what only values say. They are read once more below; the qweights, most of it, are not.
+    for group in groups:
+        problems += _compare_tied(checkpoint, group)
+    for name in modules:
+        try:
+            check_layer(checkpoint, name)
+        except CheckpointError as error:
+            problems += error.refusals
     if problems:
         raise CheckpointError(problems, where=checkpoint.directory)
 

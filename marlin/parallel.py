@@ -27,7 +27,7 @@ that have them apart can have every rank's parts of them fused, by :func:`marlin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,11 +53,17 @@ from marlin._parallel_linear import (
     split,
 )
 from marlin.formats.checkpoint import Checkpoint
-from marlin.formats.native import LEAVES, PackedShape, check_values, packed_modules
+from marlin.formats.native import (
+    CHECKED,
+    LEAVES,
+    PackedShape,
+    check_values,
+    packed_modules,
+)
 from marlin.fused_linear import FusedLinear
 from marlin.linear import MarlinLinear
 from marlin.linear24 import MarlinLinear24
-from marlin.load import fill, packed_layer
+from marlin.load import check_layer, fill, packed_layer
 from marlin.replace import matches, reason_to_keep
 
 __all__ = [
@@ -185,15 +191,29 @@ def load(
     """
     shares = _follow(plan, packed_modules(Checkpoint.open(directory).config), group)
 
+    checked: dict[str, dict[str, torch.Tensor]] = {}  # what a rank has read for the checks
+
+    def check(checkpoint: Checkpoint, name: str) -> None:
+        if name not in shares:
+            return check_layer(checkpoint, name)
+        checked[name] = _windows(checkpoint, name, shares[name][1], CHECKED)
+        check_values(name, checked[name])
+
     def read_layer(
         checkpoint: Checkpoint, name: str, shape: PackedShape, device: torch.device
     ) -> nn.Module:
         if name not in shares:
             return packed_layer(checkpoint, name, shape, device)
         style, share = shares[name]
-        return _make(style, share, _file_reader(checkpoint, name, share)).to(device)
+        rest = [leaf for leaf in LEAVES if leaf not in CHECKED]
+        windows = checked.pop(name) | _windows(checkpoint, name, share, rest)
 
-    return _not_saved(fill(model, directory, device, read_layer))
+        def read(leaf: str) -> torch.Tensor | None:
+            return share.part.trim(leaf, windows[leaf]) if leaf in windows else None
+
+        return _make(style, share, read).to(device)
+
+    return _not_saved(fill(model, directory, device, read_layer, check))
 
 
 def _not_saved(model: ModelT) -> ModelT:
@@ -208,18 +228,15 @@ def _not_saved(model: ModelT) -> ModelT:
     return model
 
 
-def _file_reader(checkpoint: Checkpoint, name: str, share: Share) -> Read:
-    windows = {
+def _windows(
+    checkpoint: Checkpoint, name: str, share: Share, leaves: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """What the rank needs of a layer's tensors."""
+    return {
         leaf: checkpoint.read(f"{name}.{leaf}", share.part.window(leaf))
-        for leaf in LEAVES
+        for leaf in leaves
         if f"{name}.{leaf}" in checkpoint.tensors
     }
-    check_values(name, windows)
-
-    def read(leaf: str) -> torch.Tensor | None:
-        return share.part.trim(leaf, windows[leaf]) if leaf in windows else None
-
-    return read
 
 
 def _make(style: Column | Row, share: Share, read: Read) -> ParallelLinear:

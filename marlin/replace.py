@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from marlin._fused_part import FusedPart
+from marlin._linear_sources import check_linear
 from marlin._replace_report import ReplacedLayer, ReplaceReport, SkippedLayer
 from marlin._unlisted_layers import refuse_to_save_unlisted
 from marlin.formats.packed import COMPUTE_DTYPES, group_count
@@ -115,9 +116,10 @@ def replace_linear(
 
     Raises:
         TypeError: ``model`` is itself an ``nn.Linear``, or ``dtype`` is neither fp16 nor bf16.
-        ValueError: the group size or ``prune`` is not supported, or a weight is not finite, exceeds
-            ``dtype`` or is not 2:4 though it should be: the message names the layer. All but
-            values beyond ``dtype`` is found before anything is replaced.
+        ValueError: the group size or ``prune`` is not supported, or a weight or bias is not finite,
+            exceeds ``dtype``, is not 2:4 though it should be, or not of the layer's sizes: the
+            message names the layer. All but values beyond ``dtype`` is found before anything is
+            replaced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
@@ -143,6 +145,7 @@ def replace_linear(
     report = ReplaceReport()
     chosen = _choose(model, patterns, filter_fn, sparse, report)
     for candidate in chosen:
+        _check_sizes(candidate)
         _check_finite(candidate)
         if sparse and prune is None:
             _check_pruned(candidate)
@@ -297,6 +300,16 @@ def reason_of_instance(layer: nn.Module) -> str:
 def matches(name: str, pattern: str) -> bool:
     """Whether a pattern names a layer: its full name, the last part of it, or a glob over it."""
     return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
+
+
+def _check_sizes(candidate: _Candidate) -> None:
+    try:
+        check_linear(candidate.linear)
+    except ValueError as error:  # its message starts with the argument: "weight: got ..."
+        raise ValueError(
+            f"{candidate.name}.{error}, or leave this layer with skip=({candidate.name!r},); "
+            "nothing has been replaced"
+        ) from error
 
 
 def _check_finite(candidate: _Candidate) -> None:

@@ -190,6 +190,31 @@ def looked_at(self: Any, x: Tensor) -> Tensor:
     return q + self.k(x)
 
 
+def kept(self: Any, x: Tensor) -> Tensor:
+    self.state.copy_(x)
+    h = self.state
+    q = self.q(h)
+    self.bump()
+    return q + self.k(h)
+
+
+def kept_in_part(self: Any, x: Tensor) -> Tensor:
+    states = self.states
+    for h in states[1:]:
+        y = h.view(-1, 8) if self.training else x
+        q = self.q(y)
+        FREE()
+        k = self.k(y)
+    return q + k
+
+
+def left_with_self(self: Any, x: Tensor) -> Tensor:
+    self.state = x.view(-1)
+    q = self.q(x)
+    FREE(self.state)
+    return q + self.k(x)
+
+
 def added(self: Any, x: Tensor) -> Tensor:
     q = self.q(x) + x
     return q + self.k(x)
@@ -241,6 +266,16 @@ def test_problem(forward: Any, problem: str) -> None:
     for run in found:
         assert problem in run.problem, run.problem
         assert run.problem.endswith("between the calls on x")
+
+
+@pytest.mark.parametrize(
+    ("forward", "name"), [(kept, "h"), (kept_in_part, "y"), (left_with_self, "x")]
+)
+def test_inputs_that_the_module_keeps(forward: Any, name: str) -> None:
+    """Which any method, and any function, could write."""
+    found = runs(forward)
+    assert [run.names for run in found] == [("q",), ("k",)]
+    assert found[1].problem == f"forward calls it on {name}, which may be a tensor that self keeps"
 
 
 def late_gate(self: Any, x: Tensor, cos: Tensor) -> Tensor:

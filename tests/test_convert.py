@@ -296,6 +296,16 @@ class TestDestination:
                 convert(tmp_path / "src", tmp_path / place, progress=False, dry_run=dry_run)
         assert snapshot(tmp_path) == before
 
+    @pytest.mark.parametrize("source", [".dst.marlin-partial", ".dst.marlin-partial/src"])
+    def test_source_where_the_destination_is_staged(self, tmp_path: Path, source: str) -> None:
+        """As by someone who rescues what a killed run has left."""
+        (tmp_path / source).parent.mkdir(exist_ok=True)
+        write_checkpoint(tmp_path / source)
+        before = snapshot(tmp_path)
+        with pytest.raises(CheckpointError, match=r"is emptied before .*dst is written; move the"):
+            convert(tmp_path / source, tmp_path / "dst", progress=False)
+        assert snapshot(tmp_path) == before
+
     def test_source_reached_by_a_link(self, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "src")
         (tmp_path / "alias").symlink_to("src")

@@ -115,7 +115,22 @@ CASES: dict[str, tuple[Damage, str]] = {
     ),
     "negative shape": (header(lambda e: e[f"{UP}.scales"].update(shape=[-2, 96])), "its shape"),
     "boolean shape": (header(lambda e: e[f"{UP}.scales"].update(shape=[True, 96])), "its shape"),
-    "absurd shape": (header(lambda e: e[f"{UP}.scales"].update(shape=[10**30])), "takes 2e"),
+    "absurd shape": (
+        header(lambda e: e[f"{UP}.scales"].update(shape=[10**30])),
+        "larger than any tensor's",
+    ),
+    "absurd shape, a product": (
+        header(lambda e: e[f"{UP}.scales"].update(shape=[2**63] * 20)),
+        "larger than any tensor's",
+    ),
+    "absurd shape, empty": (
+        header(lambda e: e[f"{UP}.scales"].update(shape=[0, 2**70])),
+        "larger than any tensor's",
+    ),
+    "absurd number of dimensions": (
+        header(lambda e: e[f"{UP}.scales"].update(shape=[0] * 30000)),
+        "of 30000 dimensions is",
+    ),
     "shape too large": (header(grow(f"{UP}.scales")), "takes 576 bytes but its data_offsets hold"),
     "offsets reversed": (
         header(lambda e: e[f"{UP}.scales"]["data_offsets"].reverse()),

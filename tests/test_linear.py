@@ -8,6 +8,7 @@ import torch
 from layers import assert_message, assert_same, make_layer
 from operands import DTYPES, make_input, make_weight
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from marlin import MarlinLinear
 
@@ -59,6 +60,22 @@ def test_gradient_of_the_input(device: str) -> None:
     layer(x).backward(upstream)
     assert x.grad is not None
     reference.assert_close(x.grad, upstream, layer.dequantize().double().T)
+
+
+def test_forward_mode_derivatives(device: str) -> None:
+    layer = MarlinLinear.from_linear(nn.Linear(96, 40, dtype=torch.float16)).to(device)
+    weight = layer.dequantize()
+    x, t = (torch.randn(3, 96, device=device).half() for _ in range(2))
+    want = (t.double() @ weight.double().T).half()
+    y, moved = torch.func.jvp(layer, (x,), (t,))
+    assert torch.equal(y, layer(x))
+    torch.testing.assert_close(moved, want, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(torch.func.jacfwd(layer)(x[0]), weight, rtol=2e-3, atol=2e-3)
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(layer(x)).tangent is None
+        dual = layer(forward_ad.make_dual(x.clone().requires_grad_(), t))
+        moved = forward_ad.unpack_dual(dual).tangent
+        torch.testing.assert_close(moved, want, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("features", [193, 199, 201, 256])

@@ -180,13 +180,20 @@ def test_optional_buffer_in_one_place_only(key: str, strict: bool) -> None:
          ("qweight: got float32", "must be int32", "damaged")),
         ({"perm": torch.zeros(200, dtype=torch.int32)}, ("perm: got values 0..0", "once")),
         ({"zeros": torch.full((4, 72), 99, dtype=torch.uint8)}, ("zeros: got 99", "0..15")),
+        ({"scales": torch.full((4, 72), float("nan")).half()}, ("scales: got NaN", "damaged")),
+        ({"scales": torch.full((4, 72), 1e6)}, ("scales: got a cast", "up to 1e+06", "65504")),
+        ({"scales": torch.full((4, 72), 1e-20)}, ("scales: got a cast", "which become 0 in it")),
+        ({"scales": torch.ones(4, 72).half().numpy()}, ("scales: got a ndarray", "torch.Tensor")),
     ],
 )  # fmt: skip
 def test_state_dicts_that_do_not_fit(state: dict[str, Tensor], parts: tuple[str, ...]) -> None:
-    layer = make_layer(zeros=True, perm=True)
+    layer, before = make_layer(zeros=True, perm=True), make_layer(zeros=True, perm=True)
+    others = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    others["qweight"] += 1
     with pytest.raises(RuntimeError) as caught:
-        layer.load_state_dict({**layer.state_dict(), **state})
+        layer.load_state_dict({**others, **state})
     assert_message(caught.value, *parts)
+    assert_same(layer, before)
 
 
 def test_state_dict_of_another_float_dtype() -> None:

@@ -208,6 +208,49 @@ class TestLoad:
         tensors[f"x.{leaf}"].view(-1)[5] = value
         write_tensors(tmp_path / "dst", tensors)
         model = nn.Module()
-        model.x = nn.Linear(64, 64, bias=False)
+        model.x = before = nn.Linear(64, 64, bias=False)
         with pytest.raises(CheckpointError, match=reason):
             load(model, tmp_path / "dst")
+        assert model.x is before
+
+    @pytest.mark.parametrize(
+        ("name", "dtype", "words"),
+        [
+            ("model.embed.weight", torch.int8, "holds I8, the model float32: want a float of 16"),
+            ("model.norm.weight", torch.bool, "holds BOOL, the model float32: want a float of 16"),
+            ("model.norm.weight", torch.float8_e4m3fn, "holds F8_E4M3, the model float32"),
+            ("model.step", torch.float32, "holds F32, the model int64: want an integer"),
+        ],
+    )
+    def test_kinds_of_dtype(
+        self, converted: Source, name: str, dtype: torch.dtype, words: str
+    ) -> None:
+        from marlin.load import load
+
+        tensors = read_all(converted.directory)
+        tensors[name] = tensors[name].to(dtype)
+        write_tensors(converted.directory, tensors)
+        model = Tiny()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=f"{name}: the checkpoint {words}"):
+            load(model, converted.directory)
+        assert model.state_dict().keys() == before.keys()
+        assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
+
+    def test_nothing_is_loaded_of_what_is_damaged_at_its_end(self, converted: Source) -> None:
+        from marlin.load import load
+
+        tensors = read_all(converted.directory)
+        *_, last = (name for name in tensors if name.endswith(".scales"))
+        tensors[last][0, 0] = float("nan")
+        tensors["head.weight"] = tensors["model.embed.weight"] + 1
+        write_tensors(converted.directory, tensors)
+        model = Tiny()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(CheckpointError) as caught:
+            load(model, converted.directory)
+        tied, damaged = caught.value.refusals
+        assert "ties" in tied
+        assert "not finite" in damaged
+        assert model.state_dict().keys() == before.keys()
+        assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import reference
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from marlin import MarlinLinear, ReplaceReport, replace_linear
@@ -326,6 +326,31 @@ def test_not_finite_is_found_before_anything_is_replaced(leaf: str) -> None:
         assert part in str(caught.value)
     assert not any(isinstance(module, MarlinLinear) for module in model.modules())
     assert len(replace_linear(model, skip=("layers.1.o_proj", "lm_head")).replaced) == 3
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "reason"),
+    [
+        ("bias", torch.ones(3), "got float32 [3]; it must be float ["),
+        ("bias", torch.ones(64, dtype=torch.int64), "got int64 [64]; it must be float ["),
+        ("weight", torch.ones(3), "got float32 [3]; out_features="),
+        ("weight", torch.ones(64, 60), "got float32 [64, 60]; out_features="),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sizes_are_checked_before_anything_is_replaced(
+    leaf: str, value: Tensor, reason: str, device: str
+) -> None:
+    """As after pruning of whole features that forgets the layer's own numbers."""
+    model = nn.ModuleDict({name: nn.Linear(64, 64) for name in "qkv"}).to(device)
+    setattr(model["k"], leaf, nn.Parameter(value.to(device), requires_grad=False))
+    with pytest.raises(ValueError) as caught:
+        replace_linear(model)
+    for part in (f"k.{leaf}: {reason}", "nothing has been replaced", "skip=('k',)"):
+        assert part in str(caught.value)
+    assert all(type(layer) is nn.Linear for layer in model.values())
+    with pytest.raises(ValueError, match=f"{leaf}: got"):
+        MarlinLinear.from_linear(model["k"])
 
 
 def test_weight_beyond_the_dtype_names_the_layer() -> None:

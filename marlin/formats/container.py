@@ -23,6 +23,7 @@ from marlin.formats.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library, too
 MAX_JSON_BYTES = 100_000_000
+MAX_DIMENSIONS, MAX_ELEMENTS = 64, 2**63 - 1  # of a tensor, in torch
 
 # safetensors name -> (bits per element, torch dtype or None when this torch has none)
 DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
@@ -129,6 +130,11 @@ def _header_entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
 
     if not naturals(shape):
         raise ValueError(f"its shape {shape!r} is not a list of sizes")
+    if len(shape) > MAX_DIMENSIONS or prod(filter(None, shape)) > MAX_ELEMENTS:
+        raise ValueError(
+            f"its shape of {len(shape)} dimensions is larger than any tensor's: at most "
+            f"{MAX_DIMENSIONS} dimensions, and sizes other than 0 whose product is at most 2^63 - 1"
+        )
     if not naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"its data_offsets {offsets!r} are not [start, stop]")
     bits = prod(shape) * DTYPES[dtype][0]

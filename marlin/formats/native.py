@@ -19,6 +19,7 @@ DENSE_VERSION = 1
 SPARSE_VERSION = 2  # has 2:4 sparse layers: readers of version 1 must not take them for dense ones
 LEAVES = ("qweight", "places", "scales", "zeros", "perm", "bias")
 REQUIRED = ("qweight", "places", "scales")
+CHECKED = ("places", "scales", "zeros", "perm", "bias")  # those whose values may be wrong
 SPARSITY = "2:4"
 
 
@@ -152,10 +153,10 @@ def check_packed_tensors(checkpoint: Checkpoint, modules: Mapping[str, PackedSha
 def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
     """Check what a kernel could not survive or would get wrong, in a layer's tensors by leaf name.
 
-    Those that are not given are not looked at.
+    Those that are not given are not looked at; ``CHECKED`` are those that are.
 
     Raises :class:`CheckpointError` when ``perm`` does not hold every number 0..K-1 once, a zero
-    point is above 15, the places of a sparse layer do not rise, or a scale is not finite.
+    point is above 15, the places of a sparse layer do not rise, or a scale or bias is not finite.
     """
     problems: list[str] = []
     perm, zeros, places = (tensors.get(leaf) for leaf in ("perm", "zeros", "places"))
@@ -168,7 +169,8 @@ def check_values(name: str, tensors: Mapping[str, Tensor]) -> None:
     falling = "" if places is None else places_problem(places)
     if falling:
         problems.append(f"{name}: {falling}")
-    if "scales" in tensors and not torch.isfinite(tensors["scales"]).all():
-        problems.append(f"{name}: scales holds a number that is not finite")
+    for leaf in ("scales", "bias"):
+        if leaf in tensors and not torch.isfinite(tensors[leaf]).all():
+            problems.append(f"{name}: {leaf} holds a number that is not finite")
     if problems:
         raise CheckpointError([f"{problem}; the file is damaged" for problem in problems])
