@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,25 @@ def needed(sparse: bool) -> tuple[str, ...]:
     return ("qweight", "places", "scales") if sparse else ("qweight", "scales")
 
 
+def check_counts(**counts: int) -> None:
+    """Refuse numbers of features that no layer has."""
+    for name, count in counts.items():
+        if not isinstance(count, SupportsIndex):
+            raise TypeError(
+                f"{name}: got {count!r}, of type {type(count).__name__}; it must be an int; pass "
+                "the number of features"
+            )
+        if count < 1:
+            raise ValueError(
+                f"{name}: got {count}; it must be at least 1; use nn.Linear for an empty layer"
+            )
+
+
 def check_operands(
     tensors: Mapping[str, Tensor | None], in_features: int, out_features: int, *, sparse: bool
 ) -> None:
     """Check packed tensors against each other; see ``from_packed`` of the layers."""
+    check_counts(in_features=in_features, out_features=out_features)
     n, k = out_features, in_features
     qweight, scales = tensors["qweight"], tensors["scales"]
     for name in needed(sparse):

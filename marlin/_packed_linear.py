@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from marlin._linear_checks import check_operands
+from marlin._linear_checks import check_counts, check_operands
 from marlin._linear_sources import check_linear, quantize_linear, read_gptq
 from marlin._packed_module import PackedModule
 from marlin.formats.awq import pack_awq
@@ -41,11 +41,7 @@ class PackedLinear(PackedModule):
     ) -> None:
         """An all-zero layer with those of the ``optional`` tensors that are asked for."""
         super().__init__()
-        for name, count in (("in_features", in_features), ("out_features", out_features)):
-            if count < 1:
-                raise ValueError(
-                    f"{name}: got {count}; it must be at least 1; use nn.Linear for an empty layer"
-                )
+        check_counts(in_features=in_features, out_features=out_features)
         if dtype not in COMPUTE_DTYPES:
             raise TypeError(
                 f"dtype: got {dtype}; scales and activations are torch.float16 or torch.bfloat16; "

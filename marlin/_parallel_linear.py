@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, SupportsIndex, cast
 
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,9 +40,12 @@ def split(features: int, world_size: int, *, multiple: int | None = None) -> tup
     Raises:
         ValueError: there are too few features for the ranks, or they are not a multiple.
     """
-    if world_size < 1:
-        raise ValueError(f"world_size: got {world_size}; it must be at least 1")
-    if multiple is not None and (multiple < 1 or features % multiple):
+    for name, number in (("features", features), ("world_size", world_size)):
+        if not isinstance(number, SupportsIndex) or number < 1:
+            raise ValueError(f"{name}: got {number!r}; it must be an int of at least 1")
+    if multiple is not None and (
+        not isinstance(multiple, SupportsIndex) or multiple < 1 or features % multiple
+    ):
         raise ValueError(
             f"multiple: got {multiple} for {features} features; it must divide them; pass the size "
             "of a head, or None"

@@ -141,7 +141,9 @@ def replace_linear(
             "sparse=True, too, or prune=None"
         )
     kind = _Kind(group_size, symmetric, dtype, sparse, prune)
-    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip or ())
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"skip: got {skip!r}; it must be a name or several; pass () for none")
     report = ReplaceReport()
     chosen = _choose(model, patterns, filter_fn, sparse, report)
     for candidate in chosen:

@@ -225,11 +225,20 @@ def _layer_report(layer: Layer, entries: Sequence[Entry]) -> LayerReport:
 
 
 def _small_files(source: Path) -> tuple[list[str], list[str]]:
-    """Files to copy beside the tensors, and files to leave out: other weights, very large ones."""
+    """Files to copy beside the tensors, and what to leave out.
+
+    The latter are other weights, very large files, and folders that are links or cannot be read.
+    """
     copied: list[str] = []
     skipped: list[str] = []
-    for directory, folders, files in os.walk(source):
+
+    def unreadable(error: OSError) -> None:
+        skipped.append(os.path.relpath(error.filename, source) + os.sep)
+
+    for directory, folders, files in os.walk(source, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links = (Path(directory, name) for name in folders)
+        skipped += [f"{path.relative_to(source)}{os.sep}" for path in links if path.is_symlink()]
         for name in sorted(files):
             path = Path(directory, name)
             relative = str(path.relative_to(source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -108,8 +109,18 @@ class TestConvert:
 
         monkeypatch.setattr("os.pwrite", full)
         assert main(["convert", str(source), str(tmp_path / "dst")]) == 1
-        assert capsys.readouterr().err == "marlin: [Errno 28] No space left on device\n"
+        error = capsys.readouterr().err
+        assert error.startswith("marlin: [Errno 28] No space left on device: ")
+        assert error.endswith("model.safetensors'\n")
         assert not (tmp_path / "dst").exists()
+
+    def test_a_path_that_the_terminal_cannot_show(self, tmp_path: Path, source: Path) -> None:
+        command = [sys.executable, "-m", "marlin", "convert", str(source), str(tmp_path / "d\xe4")]
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "d\\xe4" in done.stdout
+        assert (tmp_path / "d\xe4" / "config.json").exists()
 
     def test_interrupt(
         self,

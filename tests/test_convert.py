@@ -127,11 +127,12 @@ def test_other_files(tmp_path: Path) -> None:
     (root / "extra").mkdir()
     (root / "extra" / "chat.jinja").write_text("hello")
     os.mkfifo(root / "pipe")
+    (root / "linked").symlink_to("extra")
     report = convert(root, tmp_path / "dst", progress=False)
     found = snapshot(tmp_path / "dst")
     assert found["tokenizer.json"] == b'{"version": "1.0"}'
     assert found["extra/chat.jinja"] == b"hello"
-    assert set(report.skipped_files) == {".gitattributes", "pipe", "pytorch_model.bin"}
+    assert set(report.skipped_files) == {".gitattributes", "linked/", "pipe", "pytorch_model.bin"}
     assert set(found) == {"config.json", "model.safetensors", *report.copied_files}
     config = json.loads(found["config.json"])
     assert config["model_type"] == "tiny"
@@ -383,7 +384,7 @@ class TestDestination:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("os.pwrite", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"No space left on device.*model\.safetensors"):
             convert(tmp_path / "src", tmp_path / "dst", progress=False)
         assert [path.name for path in tmp_path.iterdir()] == ["src"]
 

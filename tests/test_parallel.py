@@ -72,7 +72,10 @@ class TestSplit:
     @pytest.mark.parametrize(
         ("arguments", "options", "words"),
         [
-            ((64, 0), {}, "world_size: got 0; it must be at least 1"),
+            ((64, 0), {}, "world_size: got 0; it must be an int of at least 1"),
+            ((0, 2), {}, "features: got 0; it must be an int of at least 1"),
+            ((64.0, 2), {}, "features: got 64.0; it must be an int of at least 1"),
+            ((64, 2), {"multiple": 16.0}, "multiple: got 16.0 for 64 features"),
             ((64, 2), {"multiple": 48}, "multiple: got 48 for 64 features"),
             ((64, 2), {"multiple": 64}, "world_size: got 2 for 64 features in units of 64"),
         ],

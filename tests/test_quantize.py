@@ -177,6 +177,7 @@ def test_bias_is_kept_and_checked() -> None:
         (lambda: quantize_rtn(torch.zeros(8)), ValueError, ("weight: got float32 [8]", "matrix")),
         (lambda: quantize_rtn(torch.zeros(0, 8), layer="a.b"), ValueError, ("a.b: weight: got",)),
         (lambda: MarlinLinear(0, 8), ValueError, ("in_features: got 0", "at least 1")),
+        (lambda: MarlinLinear(64, 8.0), TypeError, ("out_features: got 8.0", "must be an int")),
         (lambda: MarlinLinear(8, -1), ValueError, ("out_features: got -1",)),
         (lambda: MarlinLinear(8, 8, group_size=100), ValueError, ("group_size: got 100",)),
         (lambda: MarlinLinear(8, 8, dtype=torch.float64), TypeError, ("dtype: got torch.float64",)),

@@ -303,6 +303,7 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
         (lambda: replace_linear(Model(), dtype=torch.float32), TypeError,
          ("dtype: got torch.float32", "None to keep")),
         (lambda: replace_linear(Model(), group_size=48), ValueError, ("group_size: got 48",)),
+        (lambda: replace_linear(Model(), skip=(1,)), TypeError, ("skip: got (1,)", "pass ()")),
     ],
 )  # fmt: skip
 def test_refused_arguments(

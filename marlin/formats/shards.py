@@ -118,7 +118,10 @@ class ShardWriter:
     def _write(self, position: int, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         while view:
-            done = os.pwrite(self._file.fileno(), view, position)
+            try:
+                done = os.pwrite(self._file.fileno(), view, position)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
             position += done
             view = view[done:]
 
