@@ -249,6 +249,8 @@ def _small_files(source: Path) -> tuple[list[str], list[str]]:
             small = path.is_file() and path.stat().st_size <= SMALL_FILE_BYTES
             keep = small and not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES)
             (copied if keep else skipped).append(relative)
+            if keep and not os.access(path, os.R_OK):
+                raise CheckpointError(f"{relative} cannot be read; allow it, or move it elsewhere")
     return copied, skipped
 
 

@@ -139,6 +139,15 @@ def test_other_files(tmp_path: Path) -> None:
     assert config["quantization_config"]["quant_method"] == "marlin"
 
 
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "src")
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("tokenizer.json"))
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read; allow it"):
+            convert(tmp_path / "src", tmp_path / "dst", progress=False, dry_run=dry_run)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
 def test_links_as_in_a_model_cache(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "blobs")
     (tmp_path / "src").mkdir()
@@ -283,6 +292,7 @@ class TestDestination:
             ("file", "not a directory"),
             ("link", "symbolic link"),
             ("absent/dst", "create it first"),
+            ("d" * 240, "bytes too long a name.*choose a shorter one"),
         ],
     )
     def test_refused(self, tmp_path: Path, place: str, reason: str) -> None:

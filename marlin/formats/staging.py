@@ -20,6 +20,13 @@ from marlin.formats.checkpoint import CheckpointError
 
 def destination_problem(destination: Path) -> str | None:
     """Why ``destination`` cannot be created by a rename, or None."""
+    longest = os.pathconf(destination.parent, "PC_NAME_MAX") if destination.parent.is_dir() else 255
+    over = len(os.fsencode(partial_path(destination).name)) - longest
+    if over > 0:
+        return (
+            f"{destination.name} is {over} bytes too long a name for it to be written beside, as "
+            f"{partial_path(destination).name}; choose a shorter one"
+        )
     if destination.is_symlink():
         return f"{destination} is a symbolic link; give the path that it stands for"
     if destination.exists():

@@ -417,6 +417,20 @@ TEST(Plan, DecodeTablesAreNumberedAndNamed) {
   }
 }
 
+TEST(Plan, PrefillTablesAreNumberedAndNamed) {
+  std::map<std::string, int> names;
+  for (const bool sparse : {false, true}) {
+    int id = 0;
+    for (const PrefillKernel& kernel : prefill_kernels(sparse)) {
+      EXPECT_EQ(kernel.id, id++);
+      EXPECT_EQ(++names[kernel.name()], 1) << kernel.name() << " stands twice in the tables";
+      EXPECT_STRNE(kernel.reason, "");
+      EXPECT_LE(kernel.tile.threads(), 1024);
+      EXPECT_LE(kernel.tile.shared_bytes(), PrefillTile::kSharedBytes);
+    }
+  }
+}
+
 TEST(Plan, DecodeKernelsFitAsOftenAsTheySay) {
   for (const DecodeKernel& kernel : all_decode_kernels()) {
     EXPECT_GE(kernel.tile.input_stages, 2 * kernel.tile.splits) << kernel.name();
