@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from marlin.formats.packed import COMPUTE_DTYPES, describe, group_size_of, operands
 from marlin.formats.sparse import places_problem, quad_problem
@@ -95,11 +96,13 @@ def check_operands(
         raise ValueError(problem)
 
 
+def _has_values(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return not (tensor is None or tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def _value_problem(name: str, tensor: Tensor | None) -> str:
     """Why values cannot be used: of ``scales``, ``zeros``, ``places``, ``perm`` (out of bounds)."""
-    if tensor is None or tensor.is_meta:
-        return ""
-    if type(tensor) not in (Tensor, nn.Parameter):  # a fake one has no values, say
+    if not _has_values(tensor):
         return ""
     if name == "scales" and not bool(torch.isfinite(tensor).all()):
         return "scales: got NaN or infinity; every scale must be finite; the file is damaged"
@@ -152,9 +155,7 @@ def check_dtypes_kept(
 
 def _cast_problem(name: str, tensor: Tensor | None, dtype: torch.dtype) -> str:
     """Why ``scales`` or ``bias`` cannot be cast: numbers become 0 or infinity; or nothing."""
-    if tensor is None or tensor.dtype == dtype or tensor.is_meta:
-        return ""
-    if type(tensor) not in (Tensor, nn.Parameter):  # a fake one has no values, say
+    if not _has_values(tensor) or tensor.dtype == dtype:
         return ""
     if name == "scales" and bool(((tensor != 0) & (tensor.to(dtype) == 0)).any()):
         smallest = float(tensor.abs()[tensor != 0].min())

@@ -244,7 +244,7 @@ class PackedLinear(PackedModule):
         return self._multiply(input, buffers)
 
     def _multiply_dual(self, input: Tensor, buffers: Mapping[str, Tensor | None]) -> Tensor:
-        """As :meth:`forward` under forward-mode AD, of which torch's ops of others know nothing."""
+        """As :meth:`forward`, with the derivative, which torch has no way to give a custom op."""
         primal, tangent = forward_ad.unpack_dual(input)  # type: ignore[no-untyped-call]
         output = self._multiply(primal, buffers)
         if tangent is None:

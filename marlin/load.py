@@ -76,9 +76,8 @@ def _read_leaves(checkpoint: Checkpoint, name: str, leaves: Iterable[str]) -> di
 def packed_layer(
     checkpoint: Checkpoint, name: str, shape: PackedShape, device: torch.device
 ) -> nn.Module:
-    """A layer of the checkpoint, whole, on ``device``."""
+    """A layer of the checkpoint, whole, on ``device``; :func:`check_layer` comes first."""
     tensors = _read_leaves(checkpoint, name, LEAVES)
-    check_values(name, tensors)
     sizes = {"in_features": shape.in_features, "out_features": shape.out_features}
     kind: Any = MarlinLinear24 if shape.sparse else MarlinLinear
     layer: nn.Module = kind.from_packed(**tensors, **sizes)

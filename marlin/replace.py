@@ -147,10 +147,10 @@ def replace_linear(
     report = ReplaceReport()
     chosen = _choose(model, patterns, filter_fn, sparse, report)
     for candidate in chosen:
-        _check_sizes(candidate)
+        _check(candidate, check_linear)
         _check_finite(candidate)
-        if sparse and prune is None:
-            _check_pruned(candidate)
+        if sparse and prune is None and not candidate.linear.weight.is_meta:
+            _check(candidate, lambda linear: weights_to_keep(linear.weight, None))
     with tqdm(total=len(chosen), unit="layer", disable=not progress) as bar:
         while chosen:  # the last reference to a layer goes with it
             candidate = chosen.pop(0)
@@ -304,10 +304,11 @@ def matches(name: str, pattern: str) -> bool:
     return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
 
 
-def _check_sizes(candidate: _Candidate) -> None:
+def _check(candidate: _Candidate, check: Callable[[nn.Linear], object]) -> None:
+    """Run a check whose errors start with the argument: "weight: got ..."."""
     try:
-        check_linear(candidate.linear)
-    except ValueError as error:  # its message starts with the argument: "weight: got ..."
+        check(candidate.linear)
+    except ValueError as error:
         raise ValueError(
             f"{candidate.name}.{error}, or leave this layer with skip=({candidate.name!r},); "
             "nothing has been replaced"
@@ -322,19 +323,6 @@ def _check_finite(candidate: _Candidate) -> None:
                 "nothing has been replaced; repair the checkpoint, or leave this layer with "
                 f"skip=({candidate.name!r},)"
             )
-
-
-def _check_pruned(candidate: _Candidate) -> None:
-    weight = candidate.linear.weight
-    if weight.is_meta:
-        return
-    try:
-        weights_to_keep(weight, None)
-    except ValueError as error:
-        raise ValueError(
-            f"{candidate.name}.{error}, or leave this layer with skip=({candidate.name!r},); "
-            "nothing has been replaced"
-        ) from error
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -76,15 +76,15 @@ def open_source(
         raise CheckpointError(
             f"{destination} is the source or inside it; choose a folder elsewhere"
         )
+    problem = destination_problem(destination)
+    if problem:
+        raise CheckpointError(problem)
     staging = destination.parent.resolve() / partial_path(destination).name
     if staging in (source.resolve(), *source.resolve().parents):
         raise CheckpointError(
             f"{source} is in {staging}, which is emptied before {destination} is written; move the "
             "source, or choose a destination of another name"
         )
-    problem = destination_problem(destination)
-    if problem:
-        raise CheckpointError(problem)
     return checkpoint
 
 

@@ -106,6 +106,13 @@ def test_input_that_does_not_fit() -> None:
     assert_slots_are_empty(model)
 
 
+def test_forward_mode_derivatives() -> None:
+    model, plain = fused_and_plain(Attention())
+    found, want = (torch.func.jvp(m, (inputs(),), (inputs(seed=2),)) for m in (model, plain))
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+    assert_slots_are_empty(model)
+
+
 # Never a stale result
 
 

@@ -10,7 +10,7 @@ from operands import DTYPES, make_input, make_weight
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from marlin import MarlinLinear
+from marlin import MarlinLinear, MarlinLinear24
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,8 +62,13 @@ def test_gradient_of_the_input(device: str) -> None:
     reference.assert_close(x.grad, upstream, layer.dequantize().double().T)
 
 
-def test_forward_mode_derivatives(device: str) -> None:
-    layer = MarlinLinear.from_linear(nn.Linear(96, 40, dtype=torch.float16)).to(device)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_forward_mode_derivatives(device: str, sparse: bool) -> None:
+    linear = nn.Linear(96, 40, dtype=torch.float16)
+    layer: nn.Module = MarlinLinear.from_linear(linear)
+    if sparse:
+        layer = MarlinLinear24.from_linear(linear, prune="magnitude")
+    layer.to(device)
     weight = layer.dequantize()
     x, t = (torch.randn(3, 96, device=device).half() for _ in range(2))
     want = (t.double() @ weight.double().T).half()

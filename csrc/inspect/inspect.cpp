@@ -82,7 +82,8 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     throw py::value_error(
         "plan_for: m, n and k must be below 2^31 and m * k, n * k and m * n at most 2^40, got m "
         "= " +
-        std::to_string(m) + ", n = " + std::to_string(n) + ", k = " + std::to_string(k));
+        std::to_string(m) + ", n = " + std::to_string(n) + ", k = " + std::to_string(k) +
+        "; give the sizes of tensors that fit a GPU");
   }
   if (sms < 1) throw py::value_error("plan_for: sms (multiprocessors) must be at least 1");
   if (group_size != -1 && group_size != 32 && group_size != 64 && group_size != 128) {

@@ -75,11 +75,14 @@ int first_stages(const DecodePlan& plan) {
 // and then a flag, are written to L2, seen by another multiprocessor and read, one after the other.
 struct Estimate {
   double us;
-  // Of it, what of the start does not show in a chain of launches. Where some pairs have a tile less than
-  // others, the next kernel's first pairs start there early; so it was where the others shared no tile. It
-  // decides between kernels for many tokens only, since the model of the prefill kernels does not know it.
-  double hidden_us = 0;
+  // Less what of the start does not show in a chain of launches. Where some pairs have a tile less than others,
+  // the next kernel's first pairs start there early; so it was where the others shared no tile. It decides
+  // between decode kernels for many tokens only, since the model of the prefill kernels does not know it.
+  double in_chain_us;
 };
+
+// To tiles shared over memory this is added where they are compared with pairs: taken where they gain for certain.
+constexpr double kForCertain = 1.05;
 
 // What a tile takes, to a dense one's time where there is one token tile: several find weights in L2, but 2:4
 // ones read the more activations.
@@ -107,23 +110,16 @@ Estimate estimate(const DecodePlan& plan) {
     const double senders = std::max(1.0, 1 / most);
     const double sharing =
         plan.runs().share_tiles() ? 3 + tile.tokens * tile.rows() / 2048.0 * senders : 0;
-    return {kStart + most * of_tile + sharing};
+    const double us = kStart + most * of_tile + sharing;
+    return {us, kForCertain * us};
   }
   const int64_t of_pair = ceil_div(tiles, clusters);
   const double most = static_cast<double>(of_pair) / plan.cluster;
   const double mean = static_cast<double>(tiles) / plan.blocks;
   const bool hides = of_pair % plan.cluster == 0;
   const double ends = tile.row_tiles == 2 ? 0.9 * most : 0;
-  return {kStart + most * of_tile + ends, hides ? std::min(kStart, (most - mean) * of_tile) : 0};
-}
-
-// Of decode kernels, those that share tiles over memory are taken where they gain for certain.
-constexpr double kForCertain = 1.05;
-
-// To compare with other decode kernels for many tokens.
-double us_in_chain(const DecodePlan& plan) {
-  const Estimate time = estimate(plan);
-  return plan.kernel.tile.runs ? kForCertain * time.us : time.us - time.hidden_us;
+  const double us = kStart + most * of_tile + ends;
+  return {us, us - (hides ? std::min(kStart, (most - mean) * of_tile) : 0)};
 }
 
 // The first kernel of the table for few tokens that suits.
@@ -152,14 +148,14 @@ bool suits(const DecodeKernel& kernel, const Problem& p) {
 // With many tokens the kernel that the model takes for the fastest; nothing where that is a prefill kernel.
 std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
   std::optional<DecodePlan> best;
-  double least = 0, least_alone = 0;  // us in a chain, and of any of them with nothing hidden
+  double least = 0, least_alone = 0;  // us in a chain, and of any of them alone
   for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
     if (!suits(kernel, problem)) continue;
     const DecodePlan plan = decode_plan_with(kernel, 2, problem);
-    const double alone = estimate(plan).us, in_chain = us_in_chain(plan);
-    least_alone = best ? std::min(least_alone, alone) : alone;
-    if (best && in_chain >= least) continue;
-    least = in_chain;
+    const Estimate time = estimate(plan);
+    least_alone = best ? std::min(least_alone, time.us) : time.us;
+    if (best && time.in_chain_us >= least) continue;
+    least = time.in_chain_us;
     best = plan;
   }
   if (!best) return best;

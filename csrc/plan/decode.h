@@ -93,8 +93,8 @@ struct DecodeTile {
   // As many stages of weights as fit, a multiple of the splits: a slot must always be the same split's. But no
   // more than 4096 columns, since copies are done in the order asked for, activations last: with 12 stages of
   // 512 instead of 8, M = 1 took 10.5 us for 10.0 at 8192 x 8192, 16.0 for 15.4 at 28672 x 4096 (H200).
-  static constexpr int kMultiprocessorBytes = 228 * 1024,
-                       kReserved = 1024;  // of these, for each block
+  static constexpr int kMultiprocessorBytes = 228 * 1024;
+  static constexpr int kReserved = 1024;  // of these, for each block
   static constexpr int kMostStages = 24, kBarrierBytes = 8 * (4 * kMostStages + 4);
   constexpr int stages(int period) const {
     const int room = kMultiprocessorBytes / blocks_per_sm - kReserved - weights_at() - sum_bytes() -

@@ -20,13 +20,9 @@ from marlin.formats.checkpoint import CheckpointError
 
 def destination_problem(destination: Path) -> str | None:
     """Why ``destination`` cannot be created by a rename, or None."""
-    longest = os.pathconf(destination.parent, "PC_NAME_MAX") if destination.parent.is_dir() else 255
-    over = len(os.fsencode(partial_path(destination).name)) - longest
-    if over > 0:
-        return (
-            f"{destination.name} is {over} bytes too long a name for it to be written beside, as "
-            f"{partial_path(destination).name}; choose a shorter one"
-        )
+    problem = _name_problem(destination)
+    if problem:
+        return problem
     if destination.is_symlink():
         return f"{destination} is a symbolic link; give the path that it stands for"
     if destination.exists():
@@ -43,6 +39,20 @@ def destination_problem(destination: Path) -> str | None:
     if not os.access(destination.parent, os.W_OK | os.X_OK):
         return f"{destination.parent} is not writable"
     return None
+
+
+def _name_problem(destination: Path) -> str:
+    """Why the file system cannot hold the name under which ``destination`` is written, if so."""
+    if not destination.name or not destination.parent.is_dir():  # refused for that
+        return ""
+    name = partial_path(destination).name
+    over = len(os.fsencode(name)) - os.pathconf(destination.parent, "PC_NAME_MAX")
+    if over <= 0:
+        return ""
+    return (
+        f"{destination.name} is too long a name by {over} bytes: it is written as {name} first; "
+        "choose a shorter one"
+    )
 
 
 def partial_path(destination: Path) -> Path:
