@@ -68,58 +68,67 @@ int first_stages(const DecodePlan& plan) {
   return std::min(plan.kernel.tile.most_first_stages(plan.period), plan.early_stages);
 }
 
-// A model of the time of a plan in microseconds, fitted to an H200, to compare plans of one problem. A launch
-// takes 2 us to start; a tile takes something for its weights and something for every token, and one of 128 rows
-// something at its end. 2:4 sparse weights are fewer bytes, but read activations twice as often, which tiles of
-// 64 rows feel. To share tiles over memory takes 3 us, and more for more sums and more blocks to a tile: they,
-// and then a flag, are written to L2, seen by another multiprocessor and read, one after the other.
-struct Estimate {
-  double us;
-  // Less what of the start does not show in a chain of launches. Where some pairs have a tile less than others,
-  // the next kernel's first pairs start there early; so it was where the others shared no tile. It decides
-  // between decode kernels for many tokens only, since the model of the prefill kernels does not know it.
-  double in_chain_us;
-};
+// Models of the time of a plan in microseconds, fitted to an H200, to compare plans of one problem. To share tiles
+// over memory takes 3 us, and more for more sums and more blocks to a tile: they, and then a flag, are written to L2,
+// seen by another multiprocessor and read, one after the other.
+double us_of_runs(const DecodePlan& plan, double of_tile) {
+  constexpr double kStart = 2;
+  const DecodeTile& tile = plan.kernel.tile;
+  const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles;
+  const double most = static_cast<double>(ceil_div(tiles * plan.stages, plan.blocks)) / plan.stages;
+  const double senders = std::max(1.0, 1 / most);
+  const double sharing =
+      plan.runs().share_tiles() ? 3 + tile.tokens * tile.rows() / 2048.0 * senders : 0;
+  return kStart + most * of_tile + sharing;
+}
 
 // To tiles shared over memory this is added where they are compared with pairs: taken where they gain for certain.
 constexpr double kForCertain = 1.05;
 
-// What a tile takes, to a dense one's time where there is one token tile: several find weights in L2, but 2:4
-// ones read the more activations.
-double pace(const DecodePlan& plan) {
-  const DecodeTile& tile = plan.kernel.tile;
-  const bool several = plan.token_tiles > 1;
-  if (!tile.sparse) return several ? 0.96 : 1;
-  if (tile.row_tiles == 2) return 0.7;
-  if (!tile.many_tokens()) return 0.78;
-  return !several ? 0.72 : tile.tokens == 80 ? 0.81 : 0.77;
+double columns_of_tile(const DecodePlan& plan) {  // in 1024
+  return static_cast<double>(plan.stages) * plan.kernel.tile.stage_k() / 1024;
 }
 
-Estimate estimate(const DecodePlan& plan) {
+// Few tokens: a tile takes something for its weights and something for every token, and one of 128 rows
+// something at its end. 2:4 sparse weights are fewer bytes, but read activations twice as often, which tiles of
+// 64 rows feel.
+double us_of_few_tokens(const DecodePlan& plan) {
   constexpr double kStart = 2;
   const DecodeTile& tile = plan.kernel.tile;
+  const bool tall = tile.row_tiles == 2;
+  const double pace = !tile.sparse ? 1 : tall ? 0.7 : 0.78;
+  const double of_tile =
+      columns_of_tile(plan) * pace *
+      (tall ? 1.4 + 0.034 * tile.tokens : std::max(1.0, 0.2 + 0.0262 * tile.tokens));
+  if (tile.runs) return us_of_runs(plan, of_tile);
+  const int64_t of_pair = ceil_div(plan.row_tiles, plan.blocks / plan.cluster);
+  const double most = static_cast<double>(of_pair) / plan.cluster;
+  return kStart + most * (of_tile + (tall ? 0.9 : 0));
+}
+
+// Many tokens: every tile has an end, and one that a pair shares an exchange of sums. Where some pairs have a tile
+// less than others, the next kernel's first pairs start there early; so it was where the others shared no tile.
+// Fitted, with the model of prefill kernels, to 8200 times of all kernels at 1200 sizes of 80 to 4096 tokens, up to
+// 330 us long: the kernel that the models take is half a percent slower on the mean than the fastest there is, and
+// they are within 5% (2:4: 6%) of the times on the mean.
+double us_of_many_tokens(const DecodePlan& plan) {
+  constexpr double kStart = 1.2, kPerToken = 0.006, kExchange = 1.1, kHidden = 1.4;
+  const DecodeTile& tile = plan.kernel.tile;
+  const bool tall = tile.row_tiles == 2;
   const double per_1024_columns =
-      tile.row_tiles == 1 ? std::max(1.0, 0.2 + 0.0262 * tile.tokens) : 1.4 + 0.034 * tile.tokens;
-  const double columns = static_cast<double>(plan.stages) * tile.stage_k();
-  const double of_tile = columns / 1024 * per_1024_columns * pace(plan);
+      tile.sparse ? (tall ? 1.0 + 0.0245 * tile.tokens : 0.28 + 0.0165 * tile.tokens)
+      : tall      ? 1.1 + 0.0345 * tile.tokens + (tile.tokens > 144 ? 0.5 : 0)
+                  : 0.28 + 0.0235 * tile.tokens;
+  const bool reads_much = tile.sparse && !tall && plan.token_tiles > 1;  // activations, from L2
+  const double of_tile = columns_of_tile(plan) * per_1024_columns * (reads_much ? 1.06 : 1);
+  if (tile.runs) return kForCertain * us_of_runs(plan, of_tile);
   const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles,
-                clusters = plan.blocks / plan.cluster;
-  if (tile.runs) {
-    const double most =
-        static_cast<double>(ceil_div(tiles * plan.stages, plan.blocks)) / plan.stages;
-    const double senders = std::max(1.0, 1 / most);
-    const double sharing =
-        plan.runs().share_tiles() ? 3 + tile.tokens * tile.rows() / 2048.0 * senders : 0;
-    const double us = kStart + most * of_tile + sharing;
-    return {us, kForCertain * us};
-  }
-  const int64_t of_pair = ceil_div(tiles, clusters);
+                of_pair = ceil_div(tiles, plan.blocks / plan.cluster);
   const double most = static_cast<double>(of_pair) / plan.cluster;
   const double mean = static_cast<double>(tiles) / plan.blocks;
-  const bool hides = of_pair % plan.cluster == 0;
-  const double ends = tile.row_tiles == 2 ? 0.9 * most : 0;
-  const double us = kStart + most * of_tile + ends;
-  return {us, us - (hides ? std::min(kStart, (most - mean) * of_tile) : 0)};
+  const double us = kStart + kPerToken * tile.tokens + most * (of_tile + (tall ? 2.4 : 1.3));
+  if (of_pair % plan.cluster != 0) return us + kExchange;
+  return us - std::min(kHidden, (most - mean) * of_tile);
 }
 
 // The first kernel of the table for few tokens that suits.
@@ -133,33 +142,36 @@ std::optional<DecodePlan> select_for_few_tokens(const Problem& problem, bool run
   return std::nullopt;
 }
 
-// Whether a kernel for many tokens is worth a look. Several token tiles only of layers that are not wide: wide
-// ones are bound by power, and slower than the model says (28672 x 4096, M = 384: 141 us, the prefill kernel
-// 130; H200). Of dense weights at most three tiles of 144 tokens (8192 x 8192, M = 400: 80, the prefill kernel 88),
-// of narrow layers four of 112 (elsewhere 94 and 86 at 8192 x 8192, M = 448).
-bool suits(const DecodeKernel& kernel, const Problem& p) {
-  constexpr int64_t kMost = 432, kMostSparse = 384, kMostNarrow = 448;
-  constexpr int64_t kWide = 16384, kNarrow = 4096;
-  const bool one_tile = p.m <= kernel.tile.tokens;
-  const int64_t most = p.sparse ? kMostSparse : p.n <= kNarrow ? kMostNarrow : kMost;
-  return kernel.tile.many_tokens() && p.m <= most && (one_tile || p.n <= kWide);
+// Whether a plan for many tokens is worth a look. Several token tiles only of layers that are not wide: wide ones are
+// bound by power, and slower than the model says (28672 x 4096, M = 384: 141 us, the prefill kernel 130; H200). And
+// only where they are full but for a quarter and one does not hold all tokens, or where all are done at once: the
+// model thinks too well of others (2560 x 2560, M = 96: 5.7 us, as two tiles of 80 7.5). Beyond so many
+// multiplications, and tokens, nothing was measured.
+bool suits(const DecodePlan& plan, const Problem& p) {
+  constexpr int64_t kWide = 32768, kOneTile = 128, kMost = 432, kMostOfSmall = 4096;
+  constexpr double kSmall = 36e9;
+  if (plan.token_tiles == 1) return true;
+  const double work =
+      static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
+  if (p.n > kWide || p.m > (work <= kSmall ? kMostOfSmall : kMost)) return false;
+  const int64_t held = int64_t{plan.token_tiles} * plan.kernel.tile.tokens;
+  const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles;
+  return (p.m > kOneTile && 10 * held < 13 * p.m) || tiles <= plan.blocks / plan.cluster;
 }
 
 // With many tokens the kernel that the model takes for the fastest; nothing where that is a prefill kernel.
 std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
   std::optional<DecodePlan> best;
-  double least = 0, least_alone = 0;  // us in a chain, and of any of them alone
+  double least = estimated_us(*select_prefill(problem));
   for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
-    if (!suits(kernel, problem)) continue;
+    if (!kernel.tile.many_tokens()) continue;
     const DecodePlan plan = decode_plan_with(kernel, 2, problem);
-    const Estimate time = estimate(plan);
-    least_alone = best ? std::min(least_alone, time.us) : time.us;
-    if (best && time.in_chain_us >= least) continue;
-    least = time.in_chain_us;
+    const double us = us_of_many_tokens(plan);
+    if (us >= least || !suits(plan, problem)) continue;
+    least = us;
     best = plan;
   }
-  if (!best) return best;
-  return estimated_us(*select_prefill(problem)) < least_alone ? std::nullopt : best;
+  return best;
 }
 
 }  // namespace
@@ -201,7 +213,7 @@ std::optional<DecodePlan> select_decode(const Problem& problem) {
   // nothing (57344 x 8192, M = 32: 84 us with runs of 64 rows, 79 with pairs of 128; H200).
   const auto runs = select_for_few_tokens(problem, true);
   const bool compare = runs && runs->kernel.tile.row_tiles == pairs->kernel.tile.row_tiles;
-  return compare && kForCertain * estimate(*runs).us < estimate(*pairs).us ? runs : pairs;
+  return compare && kForCertain * us_of_few_tokens(*runs) < us_of_few_tokens(*pairs) ? runs : pairs;
 }
 
 }  // namespace marlin::plan

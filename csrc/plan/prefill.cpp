@@ -94,11 +94,10 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int inpu
   return plan;
 }
 
-// A model of the time in microseconds, fitted to replays after a rest on an H200: of those 208 times, of 80 to
-// 2048 tokens, half are within 2%, nine in ten within 6, all within 13. 64 columns, or 128 of 2:4 weights, cost a
-// tile something of its own and something for each of its pieces, which with 256 tokens is what the tensor cores
-// take; few pieces leave warpgroups idle. Blocks that share a tile's k drain the ring after each tile, and
-// exchange sums.
+// A model of the time in microseconds, fitted on an H200 to the times of decode.cpp's model for many tokens. 64
+// columns, or 128 of 2:4 weights, cost a tile something of its own and something for each of its pieces, which with
+// 256 tokens is what the tensor cores take; few pieces leave warpgroups idle. Every tile has an end. Blocks that share
+// a tile's k drain the ring after each tile, and exchange sums.
 double estimated_us(const PrefillPlan& plan) {
   constexpr double kStart = 3;
   const PrefillTile& tile = plan.kernel.tile;
@@ -107,11 +106,11 @@ double estimated_us(const PrefillPlan& plan) {
     if (pieces == 0) return 0.0;
     const auto count = static_cast<double>(pieces);
     const double work = count * tile.tokens;
-    const double of_block = tile.sparse         ? std::max(0.22 + 0.172 * count, 0.6)
-                            : tile.tokens > 128 ? 0.1 + 0.00107 * work
-                                                : 0.14 + 0.065 * count + 0.00054 * work;
-    return plan.stages_per_block * tile.stage_blocks * of_block +
-           (shares_k ? 4 + 0.02 * tile.tokens + 0.01 * work : 0);
+    const double of_block = tile.sparse         ? std::max(0.18 + 0.175 * count, 0.5)
+                            : tile.tokens > 128 ? 0.075 + 0.00106 * work
+                                                : 0.13 + 0.058 * count + 0.00055 * work;
+    const double exchange = shares_k ? 4 + 0.02 * tile.tokens + 0.01 * work : 0;
+    return plan.stages_per_block * tile.stage_blocks * of_block + 1.5 + 0.2 * count + exchange;
   };
   const int64_t pieces = ceil_div(plan.pieces_per_cluster, plan.input_shares);
   const int64_t whole = pieces / tile.row_blocks;
