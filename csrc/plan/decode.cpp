@@ -119,8 +119,9 @@ double us_of_many_tokens(const DecodePlan& plan) {
       tile.sparse ? (tall ? 1.0 + 0.0245 * tile.tokens : 0.28 + 0.0165 * tile.tokens)
       : tall      ? 1.1 + 0.0345 * tile.tokens + (tile.tokens > 144 ? 0.5 : 0)
                   : 0.28 + 0.0235 * tile.tokens;
-  const bool reads_much = tile.sparse && !tall && plan.token_tiles > 1;  // activations, from L2
-  const double of_tile = columns_of_tile(plan) * per_1024_columns * (reads_much ? 1.06 : 1);
+  // Several 2:4 token tiles find weights in L2, but those of 64 rows read the more activations from there.
+  const double several = !tile.sparse || plan.token_tiles == 1 ? 1 : tall ? 0.95 : 1.06;
+  const double of_tile = columns_of_tile(plan) * per_1024_columns * several;
   if (tile.runs) return kForCertain * us_of_runs(plan, of_tile);
   const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles,
                 of_pair = ceil_div(tiles, plan.blocks / plan.cluster);
@@ -156,7 +157,7 @@ bool suits(const DecodePlan& plan, const Problem& p) {
   if (p.n > kWide || p.m > (work <= kSmall ? kMostOfSmall : kMost)) return false;
   const int64_t held = int64_t{plan.token_tiles} * plan.kernel.tile.tokens;
   const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles;
-  return (p.m > kOneTile && 10 * held < 13 * p.m) || tiles <= plan.blocks / plan.cluster;
+  return (p.m > kOneTile && 3 * held < 4 * p.m) || tiles <= plan.blocks / plan.cluster;
 }
 
 // With many tokens the kernel that the model takes for the fastest; nothing where that is a prefill kernel.

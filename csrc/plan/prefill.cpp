@@ -109,7 +109,7 @@ double estimated_us(const PrefillPlan& plan) {
     const double of_block = tile.sparse         ? std::max(0.18 + 0.175 * count, 0.5)
                             : tile.tokens > 128 ? 0.075 + 0.00106 * work
                                                 : 0.13 + 0.058 * count + 0.00055 * work;
-    const double exchange = shares_k ? 4 + 0.02 * tile.tokens + 0.01 * work : 0;
+    const double exchange = shares_k ? (tile.sparse ? 2 : 4) + 0.02 * tile.tokens + 0.01 * work : 0;
     return plan.stages_per_block * tile.stage_blocks * of_block + 1.5 + 0.2 * count + exchange;
   };
   const int64_t pieces = ceil_div(plan.pieces_per_cluster, plan.input_shares);

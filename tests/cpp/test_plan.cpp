@@ -314,13 +314,19 @@ TEST(Plan, DecodeWithManyTokensTakesWhatWasMeasuredToBeFastest) {
            {320, 4096, 14336, 80, 64, 4, true},  {80, 8192, 8192, 80, 64, 1, true},
            {128, 8192, 8192, 128, 128, 1, true}, {160, 8192, 8192, 80, 64, 2, true},
            {320, 8192, 8192, 0, 0, 0, true},     {96, 5120, 27648, 0, 0, 0, true},
-           {128, 28672, 4096, 0, 0, 0, true},    {96, 14336, 4096, 96, 64, 1},
+           {128, 28672, 4096, 0, 0, 0, true},    {96, 14336, 4096, 112, 128, 1},
            {80, 22016, 4096, 80, 64, 1},         {160, 12288, 4096, 80, 64, 2},
            {288, 5120, 5120, 112, 128, 3},       {128, 57344, 8192, 0, 0, 0},
            {256, 8192, 28672, 128, 128, 2},      {384, 5120, 27648, 128, 128, 3},
            {240, 5120, 27648, 0, 0, 0, true},    {192, 16384, 16384, 0, 0, 0, true},
            {320, 7168, 5120, 0, 0, 0, true},     {320, 12288, 4096, 128, 128, 3, true},
-           {128, 6144, 4096, 128, 64, 1, true}}) {
+           {128, 6144, 4096, 128, 64, 1, true},  {200, 8192, 8192, 128, 128, 2, true},
+           {576, 2048, 14336, 144, 128, 4},      {448, 4608, 3584, 160, 128, 3},
+           {576, 5120, 5120, 192, 128, 3},       {3072, 768, 4096, 144, 128, 22},
+           {240, 11008, 4096, 0, 0, 0},          {1024, 4096, 4096, 0, 0, 0},
+           {1024, 8192, 8192, 0, 0, 0},          {512, 1024, 8192, 128, 64, 4, true},
+           {480, 1536, 4096, 96, 64, 5, true},   {896, 1024, 8192, 128, 128, 7, true},
+           {512, 4096, 14336, 128, 128, 4},      {2048, 4096, 14336, 0, 0, 0}}) {
     Problem problem{c.m, c.n, c.k, 128, device_of(90, 132), c.sparse};
     problem.device.wgmma = true;
     const auto plan = select_decode(problem);
@@ -458,9 +464,8 @@ TEST(Plan, SparseWeightsHaveKernelsForAnyNumberOfTokensOnHopper) {
   Problem problem{1, 8192, 8192, 128, device_of(90, 132), true};
   problem.device.wgmma = true;
   for (problem.m = 1; problem.m < 600; ++problem.m) {
-    const bool model_decides = problem.m > 256 && problem.m <= 384;  // both take 49 us at 288
-    if (!model_decides) {
-      EXPECT_EQ(select_decode(problem).has_value(), problem.m <= 256) << problem.m;
+    if (problem.m <= 256) {  // of more the model decides: both take 49 us at 288
+      EXPECT_TRUE(select_decode(problem).has_value()) << problem.m;
     }
     EXPECT_TRUE(select_prefill(problem).has_value());
   }
@@ -592,6 +597,23 @@ TEST(Plan, BlocksShareActivationsWithManyTokens) {
   EXPECT_EQ(select_prefill(problem)->input_shares, 1);
   problem.m = 4352, problem.n = 448;  // a pair would have 3 pieces, and one of its blocks 2
   EXPECT_EQ(select_prefill(problem)->input_shares, 1);
+}
+
+// Where runs of pieces would leave some clusters with more of them: on an H200 11 to 24% slower. But pairs of blocks that
+// share k, and exchange sums after every tile, are 3% slower with whole ones.
+TEST(Plan, PrefillDealsWholeTilesWhereThatIsFewerPieces) {
+  const auto deals_whole = [](int64_t m, int64_t n, int64_t k, bool sparse, int cluster,
+                              int input_shares) {
+    Problem problem{m, n, k, 128, device_of(90, 132), sparse};
+    problem.device.wgmma = true;
+    const PrefillKernel& largest = prefill_kernels(sparse).back();
+    return prefill_plan_with(largest, cluster, input_shares, problem).token_group > 0;
+  };
+  EXPECT_TRUE(deals_whole(3584, 3584, 14336, false, 1, 1));
+  EXPECT_TRUE(deals_whole(6144, 2048, 14336, false, 2, 2));
+  EXPECT_TRUE(deals_whole(3072, 4096, 4096, true, 1, 1));
+  EXPECT_FALSE(deals_whole(1792, 3584, 18944, false, 2, 1));
+  EXPECT_FALSE(deals_whole(2048, 4096, 4096, false, 1, 1));  // 4 pieces either way
 }
 
 // On an H200 two blocks to a tile's k are 4 to 15% slower at these shapes, but 12 to 20% faster than the kernels of
