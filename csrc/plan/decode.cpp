@@ -108,9 +108,9 @@ double us_of_few_tokens(const DecodePlan& plan) {
 
 // Many tokens: every tile has an end, and one that a pair shares an exchange of sums. Where some pairs have a tile
 // less than others, the next kernel's first pairs start there early; so it was where the others shared no tile.
-// Fitted, with the model of prefill kernels, to 8200 times of all kernels at 1200 sizes of 80 to 4096 tokens, up to
-// 330 us long: the kernel that the models take is half a percent slower on the mean than the fastest there is, and
-// they are within 5% (2:4: 6%) of the times on the mean.
+// Fitted, with the model of prefill kernels, to 13000 times of all kernels at 906 sizes of 80 to 2048 tokens, up to
+// 330 us long, and to pairs of kernels at 320 of up to 4096: the kernel that the models take is half a percent slower
+// on the mean than the fastest there is, and they are within 5% (2:4: 6%) of the times on the mean.
 double us_of_many_tokens(const DecodePlan& plan) {
   constexpr double kStart = 1.2, kPerToken = 0.006, kExchange = 1.1, kHidden = 1.4;
   const DecodeTile& tile = plan.kernel.tile;
@@ -143,11 +143,10 @@ std::optional<DecodePlan> select_for_few_tokens(const Problem& problem, bool run
   return std::nullopt;
 }
 
-// Whether a plan for many tokens is worth a look. Several token tiles only of layers that are not wide: wide ones are
-// bound by power, and slower than the model says (28672 x 4096, M = 384: 141 us, the prefill kernel 130; H200). And
-// only where they are full but for a quarter and one does not hold all tokens, or where all are done at once: the
-// model thinks too well of others (2560 x 2560, M = 96: 5.7 us, as two tiles of 80 7.5). Beyond so many
-// multiplications, and tokens, nothing was measured.
+// Whether a plan for many tokens is worth a look. Several token tiles only where they are full but for a quarter and
+// no kernel holds all tokens in one, or where all are done at once: the model thinks too well of others (2560 x 2560,
+// M = 96: 5.7 us, as two tiles of 80 7.5; H200). Of wider layers, with more multiplications or more tokens nothing
+// was measured.
 bool suits(const DecodePlan& plan, const Problem& p) {
   constexpr int64_t kWide = 32768, kOneTile = 128, kMost = 432, kMostOfSmall = 4096;
   constexpr double kSmall = 36e9;
