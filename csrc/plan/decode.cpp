@@ -109,8 +109,9 @@ double us_of_few_tokens(const DecodePlan& plan) {
 // Many tokens: every tile has an end, and one that a pair shares an exchange of sums. Where some pairs have a tile
 // less than others, the next kernel's first pairs start there early; so it was where the others shared no tile.
 // Fitted, with the model of prefill kernels, to 13000 times of all kernels at 906 sizes of 80 to 2048 tokens, up to
-// 330 us long, and to pairs of kernels at 320 of up to 4096: the kernel that the models take is half a percent slower
-// on the mean than the fastest there is, and they are within 5% (2:4: 6%) of the times on the mean.
+// 330 us long, and to pairs of kernels at 320 of up to 4096: of these sizes the kernel that the models take is half a
+// percent slower on the mean than the fastest there is; they are within 7% of all the times on the mean, and within
+// 5 (2:4: 6) of those of kernels that are up to a fifth slower than the fastest.
 double us_of_many_tokens(const DecodePlan& plan) {
   constexpr double kStart = 1.2, kPerToken = 0.006, kExchange = 1.1, kHidden = 1.4;
   const DecodeTile& tile = plan.kernel.tile;
@@ -143,35 +144,43 @@ std::optional<DecodePlan> select_for_few_tokens(const Problem& problem, bool run
   return std::nullopt;
 }
 
-// Whether a plan for many tokens is worth a look. Several token tiles only where they are full but for a quarter and
-// no kernel holds all tokens in one, or where all are done at once: the model thinks too well of others (2560 x 2560,
-// M = 96: 5.7 us, as two tiles of 80 7.5; H200). Of wider layers, with more multiplications or more tokens nothing
-// was measured.
-bool suits(const DecodePlan& plan, const Problem& p) {
-  constexpr int64_t kWide = 32768, kOneTile = 128, kMost = 432, kMostOfSmall = 4096;
+// Whether several token tiles are worth a look. 2:4 layers with more multiplications are up to 14% slower that way,
+// and wider dense ones were not timed so, nor were dense ones with more multiplications, nor more tokens (H200).
+bool takes_several(const Problem& p) {
+  constexpr int64_t kWide = 32768, kMost = 432, kMostOfSmall = 4096;
   constexpr double kSmall = 36e9;
-  if (plan.token_tiles == 1) return true;
   const double work =
       static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k);
-  if (p.n > kWide || p.m > (work <= kSmall ? kMostOfSmall : kMost)) return false;
+  return p.n <= kWide && p.m <= (work <= kSmall ? kMostOfSmall : kMost);
+}
+
+// Of such plans the model thinks too well where tiles are not full, unless all are done at once; and of up to 128
+// tokens, which one tile holds, where they are not (3072 x 3072, M = 128: 7.6 us, as two tiles of 80 8.5), of up to 96
+// in any case (2048 x 2048, M = 96: 4.8 and 5.6; H200).
+bool suits(const DecodePlan& plan, const Problem& p) {
+  constexpr int64_t kOneTile = 96, kOneTileInTurn = 128;
+  if (plan.token_tiles == 1) return true;
   const int64_t held = int64_t{plan.token_tiles} * plan.kernel.tile.tokens;
   const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles;
-  return (p.m > kOneTile && 3 * held < 4 * p.m) || tiles <= plan.blocks / plan.cluster;
+  const bool at_once = tiles <= plan.blocks / plan.cluster;
+  return at_once ? p.m > kOneTile : p.m > kOneTileInTurn && 3 * held < 4 * p.m;
 }
 
 // With many tokens the kernel that the model takes for the fastest; nothing where that is a prefill kernel.
 std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
+  const bool several = takes_several(problem);
   std::optional<DecodePlan> best;
-  double least = estimated_us(*select_prefill(problem));
+  double least = 0;
   for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
-    if (!kernel.tile.many_tokens()) continue;
+    if (!kernel.tile.many_tokens() || (!several && problem.m > kernel.tile.tokens)) continue;
     const DecodePlan plan = decode_plan_with(kernel, 2, problem);
+    if (!suits(plan, problem)) continue;
     const double us = us_of_many_tokens(plan);
-    if (us >= least || !suits(plan, problem)) continue;
+    if (best && us >= least) continue;
     least = us;
     best = plan;
   }
-  return best;
+  return best && least < estimated_us(*select_prefill(problem)) ? best : std::nullopt;
 }
 
 }  // namespace
