@@ -142,12 +142,11 @@ def peers_us(names: list[str], n: int, k: int, m: int, group_size: int) -> dict[
 
 
 def points(
-    only: list[tuple[int, int]] | None, ms: list[int] | None
+    only: list[tuple[int, int]] | None, ms: list[int] | None, *, others: bool = False
 ) -> Iterator[tuple[int, int, int]]:
-    """The (n, k, m) to measure: all, or the given layers and ``m``."""
-    wanted = shapes.GEMM_POINTS
-    if only:
-        wanted = {pair: shapes.GEMM_POINTS.get(pair, (1, 16, 64)) for pair in only}
+    """The (n, k, m) to measure: all, or those of other layers, or the given layers and ``m``."""
+    table = shapes.OTHER_POINTS if others else shapes.GEMM_POINTS
+    wanted = {pair: table.get(pair, (1, 16, 64)) for pair in only} if only else table
     for (n, k), default_ms in wanted.items():
         for m in ms or default_ms:
             yield n, k, m
@@ -161,7 +160,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
         f"{'N x K':>14} {'M':>5} {'us':>8} {'cuBLAS':>8} {'floor':>8} {'share':>6} {'speedup':>7}"
         f" {'sustained':>9} {'cuBLAS':>8}"
     )
-    for n, k, m in points(args.shape, args.m):
+    for n, k, m in points(args.shape, args.m, others=args.others):
         reference = timing.measure(as_many(cublas_calls(n, k, m), timing.copies_for(n * k // 2)))
         others = peers_us(args.peer, n, k, m, args.group_size)
         for variant in args.variant or ["dense"]:
@@ -217,6 +216,9 @@ def add_point_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say what to measure."""
     parser.add_argument(
         "--shape", type=layer, action="append", metavar="NxK", help="only this layer; may repeat"
+    )
+    parser.add_argument(
+        "--others", action="store_true", help="layers that are in no table (shapes.OTHER_LAYERS)"
     )
     parser.add_argument("--m", type=positives, help="tokens, e.g. 1,16")
     parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128, -1))

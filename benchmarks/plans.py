@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = gemm.DTYPES[args.dtype]
     major, minor = torch.cuda.get_device_capability()
     sms = torch.cuda.get_device_properties().multi_processor_count
-    for n, k, m in gemm.points(args.shape, args.m):
+    for n, k, m in gemm.points(args.shape, args.m, others=args.others):
         sparse = args.variant == "24"
         taken = _inspect.plan_for(
             m, n, k, group_size=args.group_size, sm=10 * major + minor, sms=sms, sparse=sparse

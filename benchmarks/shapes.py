@@ -14,6 +14,17 @@ GEMM_POINTS: dict[tuple[int, int], tuple[int, ...]] = {
     (73728, 18432): (1, 16, 32, 64),
 }
 
+# Layers that are in no table, small and narrow ones and a vocabulary among them, and what may go
+# wrong at each: tiles that do not go round the multiprocessors.
+OTHER_LAYERS = (
+    (1024, 1024), (2048, 2048), (4096, 1024), (1024, 4096), (768, 4096), (1536, 4096), (3072, 3072),
+    (3584, 3584), (4608, 3584), (2560, 2560), (5120, 5120), (7168, 5120), (6144, 4096),
+    (2048, 14336), (1024, 8192), (8192, 1024), (4096, 11008), (3584, 18944), (37888, 3584),
+    (14336, 4096), (11008, 4096), (5120, 13824), (27648, 5120), (10240, 8192), (128256, 4096),
+    (256, 7168), (7168, 2048), (512, 4096), (4096, 512),
+)  # fmt: skip
+OTHER_POINTS = dict.fromkeys(OTHER_LAYERS, (48, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096))
+
 # Measured on an NVIDIA H200: the best read rate, and a large fp16 product under its power cap.
 BYTES_PER_SECOND = 4.72e12
 FLOPS_PER_SECOND = 790e12

@@ -41,6 +41,9 @@ def test_what_is_measured(module: object) -> None:
 def test_points() -> None:
     everything = list(gemm.points(None, None))
     assert len(everything) == sum(map(len, shapes.GEMM_POINTS.values()))
+    others = list(gemm.points(None, None, others=True))
+    assert len(set(others)) == len(others) == 29 * 11
+    assert list(gemm.points([(512, 4096)], None, others=True)) == others[27 * 11 : 28 * 11]
     assert list(gemm.points([(64, 128)], [2, 3])) == [(64, 128, 2), (64, 128, 3)]
     assert list(gemm.points([(6144, 4096)], None)) == [(6144, 4096, m) for m in (1, 16, 64)]
 

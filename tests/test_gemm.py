@@ -135,7 +135,7 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
         zeros=options, perm=options, bias=options,
     )  # fmt: skip  # rows that make an odd number of tiles, of 64 and of 128, and half a tile
     dense = weight.dense64()
-    ms = (1, 6, 11, 30, 61, 97, 150, 257)
+    ms = (1, 6, 11, 30, 61, 97, 150, 257, 1000)  # of small layers many tiles of tokens
     inputs = [make_input(m, 5000, dtype=dtype, device="cuda") for m in ms]
     try:
         for kernel in _inspect.plans():

@@ -144,7 +144,7 @@ std::optional<DecodePlan> select_for_few_tokens(const Problem& problem, bool run
   return std::nullopt;
 }
 
-// Whether several token tiles are worth a look. 2:4 layers with more multiplications are up to 14% slower that way,
+// Whether there may be several. 2:4 layers with more multiplications are up to 14% slower that way,
 // and wider dense ones were not timed so, nor were dense ones with more multiplications, nor more tokens (H200).
 bool takes_several(const Problem& p) {
   constexpr int64_t kWide = 32768, kMost = 432, kMostOfSmall = 4096;
@@ -154,9 +154,10 @@ bool takes_several(const Problem& p) {
   return p.n <= kWide && p.m <= (work <= kSmall ? kMostOfSmall : kMost);
 }
 
-// Of such plans the model thinks too well where tiles are not full, unless all are done at once; and of up to 128
-// tokens, which one tile holds, where they are not (3072 x 3072, M = 128: 7.6 us, as two tiles of 80 8.5), of up to 96
-// in any case (2048 x 2048, M = 96: 4.8 and 5.6; H200).
+// Whether a plan is worth a look where there may be several token tiles. The model thinks too well (H200) of those
+//   that leave a quarter of their tokens empty, unless all are done at once;
+//   of up to 96 tokens, which one tile holds (2048 x 2048, M = 96: 4.8 us, as two tiles of 80 5.6);
+//   of up to 128 that are not done at once (3072 x 3072, M = 128: 7.6, as two tiles of 80 8.5).
 bool suits(const DecodePlan& plan, const Problem& p) {
   constexpr int64_t kOneTile = 96, kOneTileInTurn = 128;
   if (plan.token_tiles == 1) return true;

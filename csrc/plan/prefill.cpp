@@ -76,8 +76,8 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int inpu
       kernel.tile.row_blocks * plan.input_shares;  // row blocks of a cluster's tile
   plan.row_tiles = static_cast<int>(ceil_div(plan.row_blocks, rows));
   // Whole tiles where there are many, or where a cluster gets fewer pieces that way than in runs: 558 us and 469 at
-  // 3584 x 14336, M = 3584, 122 and 101 at 4096 x 4096, 2:4, M = 3072 (H200). Not of blocks that share
-  // k: the model then takes pairs with tiles of 256 tokens where runs of one block are 3 to 7% faster.
+  // 3584 x 14336, M = 3584, 122 and 101 at 4096 x 4096, 2:4, M = 3072 (H200). Not of blocks that share k: the model then
+  // takes pairs with tiles of 256 tokens where runs of one block are 3 to 7% faster.
   const int64_t clusters_each = clusters / plan.token_tiles;  // for one token tile
   const int64_t each = clusters_each ? ceil_div(plan.row_blocks, clusters_each) : plan.row_blocks;
   const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles;
