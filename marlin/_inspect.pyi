@@ -42,12 +42,12 @@ def kernel_attributes(id: int, *, bf16: bool = False) -> dict[str, int]:
     Asks the current CUDA device; raises ``RuntimeError`` without one, or for an unknown id.
     """
 
-def force_plan(id: int = -1, *, sms: int = 0, cluster: int = 0, input_shares: int = 0) -> None:
+def force_plan(id: int = -1, *, sms: int = 0, cluster: int = 0) -> None:
     """For tests and benchmarks: until called again, every CUDA gemm that can runs kernel ``id``.
 
     -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as
-    many as it has). ``cluster``: how many blocks work on a tile together, on Hopper (0: one); sets
-    of ``input_shares`` (0: one) of them copy activations together in prefill kernels, as far as a
-    tile allows, and the sets share K. Raises ``RuntimeError`` for an unknown id, a cluster above 8,
-    or without CUDA kernels. A gemm of the other kind of weight (``sparse``) then raises it.
+    many as it has). ``cluster``: how many blocks work together, on Hopper (0: one): pairs that may
+    share a tile, or, in prefill kernels, blocks that copy activations together, as far as a tile
+    allows. Raises ``RuntimeError`` for an unknown id, a cluster above 8, or without CUDA kernels. A
+    gemm of the other kind of weight (``sparse``) then raises it.
     """

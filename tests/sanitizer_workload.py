@@ -93,12 +93,9 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
         if kernel["family"].startswith("sm80"):
             continue
         few = not kernel["family"].startswith("sm90_prefill")
-        clusters = [(1, 1)] if kernel["runs"] else [(1, 1), (2, 1)]
-        if not few:
-            clusters += [(3, 1), (2, 2)]
-        for cluster, shares in clusters:
+        for cluster in (1,) if kernel["runs"] else (1, 2):
             for sms in (*HOPPER_SMS, *(HALF_TILE_SMS if kernel["cuts_tiles"] else ())):
-                partition = {"sms": sms, "cluster": cluster, "input_shares": shares}
+                partition = {"sms": sms, "cluster": cluster}
                 ms = [1, max(kernel["tokens"] - 1, 1)] if few else [33, 300]
                 if few and kernel["any_m"] and columns_of(kernel, partition) == HOPPER_K:
                     ms.append(2 * kernel["tokens"] - 1)

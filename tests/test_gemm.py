@@ -113,12 +113,9 @@ def test_one_hot_inputs_read_out_the_weight(
             assert torch.equal(weight.gemm(x[rows]), expected[rows])
 
 
-# The blocks of a cluster, and how many of them share activations.
-CLUSTERS = {
-    "sm80": ((1, 1),),
-    "sm90_decode": ((1, 1), (2, 1)),
-    "sm90_prefill": ((1, 1), (2, 1), (3, 1), (8, 1), (2, 2), (4, 2), (4, 4)),
-}
+# The blocks of a cluster: pairs that may share a tile, or, in prefill kernels, blocks that share
+# activations.
+CLUSTERS = {"sm80": (1,), "sm90_decode": (1, 2), "sm90_prefill": (1, 2, 3, 4, 8)}
 
 
 @pytest.mark.gpu
@@ -126,8 +123,8 @@ CLUSTERS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sms", [0, 5], ids=["all-sms", "5-sms"])
 def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
-    """Also those that the planner keeps for other GPUs; with long runs of work per block, and with
-    k shared by the blocks of clusters that divide nothing evenly."""
+    """Also those that the planner keeps for other GPUs; with long runs of work per block, and in
+    clusters that divide nothing evenly."""
     from marlin import _inspect
 
     weight = make_weight(
@@ -144,12 +141,10 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
                 continue
             if family != "sm80" and torch.cuda.get_device_capability() != (9, 0):
                 continue
-            for cluster, input_shares in CLUSTERS[family]:
+            for cluster in CLUSTERS[family]:
                 if kernel["runs"] and cluster > 1:
                     continue  # it takes none
-                _inspect.force_plan(
-                    kernel["id"], sms=sms, cluster=cluster, input_shares=input_shares
-                )
+                _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
                 for x in inputs:
                     if kernel["any_m"] or x.shape[0] <= kernel["tokens"]:
                         rounded = reference.kernel_rounds(kernel, weight.group_size)
@@ -206,26 +201,30 @@ def test_tiles_shared_over_memory() -> None:
     try:
         for kernel in kernels:
             _inspect.force_plan(kernel["id"])
-            m = max(kernel["tokens"] - 1, 1)
-            x = make_input(m, 2048, dtype=torch.float16, device="cuda")
-            expected = weight.gemm(x)
-            rounded = reference.kernel_rounds(kernel, weight.group_size)
-            reference.assert_close(expected, x, weight.dense64(), rounded=rounded)
-            torch.cuda.synchronize()
-            results = []
-            for i in range(400):
-                with torch.cuda.stream(streams[i % 4]):
-                    for size in (2**17, 2**20):  # what is freed here is scratch next
-                        torch.randint(-(2**62), 2**62, (size,), device="cuda")
-                    results.append((weight.gemm(x) == expected).all())
-            torch.cuda.synchronize()
-            assert all(results)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = [weight.gemm(x) for _ in range(20)]
-            for _ in range(20):
-                graph.replay()
-                assert all(torch.equal(y, expected) for y in outputs)
+            # Less than a tile a block; and, where there may be several, more.
+            for m in (
+                max(kernel["tokens"] - 1, 1),
+                *([8 * kernel["tokens"] + 5] * kernel["any_m"]),
+            ):
+                x = make_input(m, 2048, dtype=torch.float16, device="cuda")
+                expected = weight.gemm(x)
+                rounded = reference.kernel_rounds(kernel, weight.group_size)
+                reference.assert_close(expected, x, weight.dense64(), rounded=rounded)
+                torch.cuda.synchronize()
+                results = []
+                for i in range(400):
+                    with torch.cuda.stream(streams[i % 4]):
+                        for size in (2**17, 2**20, 2**21):  # what is freed here is scratch next
+                            torch.randint(-(2**62), 2**62, (size,), device="cuda")
+                        results.append((weight.gemm(x) == expected).all())
+                torch.cuda.synchronize()
+                assert all(results)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    outputs = [weight.gemm(x) for _ in range(20)]
+                for _ in range(20):
+                    graph.replay()
+                    assert all(torch.equal(y, expected) for y in outputs)
     finally:
         _inspect.force_plan()
 

@@ -17,11 +17,9 @@ from marlin import _inspect
 
 ops = torch.ops.marlin
 
-# The blocks of a cluster, and how many of them share activations, by family of kernels.
-CLUSTERS = {
-    "sm90_decode_24": ((1, 1), (2, 1)),
-    "sm90_prefill_24": ((1, 1), (2, 1), (3, 1), (8, 1), (2, 2), (4, 2), (4, 4)),
-}
+# The blocks of a cluster, by family of kernels: pairs that may share a tile, or blocks that share
+# activations.
+CLUSTERS = {"sm90_decode_24": (1, 2), "sm90_prefill_24": (1, 2, 3, 4, 8)}
 KERNELS = [kernel for kernel in _inspect.plans() if kernel["family"] in CLUSTERS]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -36,11 +34,11 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 def partitions(kernel: dict[str, Any]) -> Iterator[None]:
     """Forces the kernel, with each partition of its work in turn."""
-    for cluster, shares in CLUSTERS[kernel["family"]]:
+    for cluster in CLUSTERS[kernel["family"]]:
         if kernel["runs"] and cluster > 1:
             continue  # it takes none
         for sms in (0, 3):
-            _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster, input_shares=shares)
+            _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
             yield
 
 

@@ -57,7 +57,7 @@ def test_plan_for_asks_for_the_gpu() -> None:
 @needs_cuda_build
 @pytest.mark.parametrize(
     "arguments",
-    [{"id": -2}, {"id": 999}, {"sms": -1}, {"cluster": 9}, {"input_shares": 9}],
+    [{"id": -2}, {"id": 999}, {"sms": -1}, {"cluster": 9}],
     ids=str,
 )
 def test_force_plan_refuses(arguments: dict[str, int]) -> None:
@@ -94,10 +94,8 @@ def test_sanitizers_reach_every_hopper_kernel() -> None:
     reached = {(kernel["name"], *partition.values()) for kernel, partition, _ in hopper_cases()}
     for plan in _inspect.plans():
         if not plan["family"].startswith("sm80"):
-            clusters = [(1, 1)] if plan["runs"] else [(1, 1), (2, 1)]
-            if plan["family"].startswith("sm90_prefill"):
-                clusters += [(3, 1), (2, 2)]
-            expected = {(plan["name"], sms, *cluster) for cluster in clusters for sms in HOPPER_SMS}
+            clusters = (1,) if plan["runs"] else (1, 2)
+            expected = {(plan["name"], sms, cluster) for cluster in clusters for sms in HOPPER_SMS}
             assert expected <= reached
 
 

@@ -53,8 +53,7 @@ plan::Device current_device() {
   return devices[index];
 }
 
-std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0,
-                 forced_input_shares = 0;  // see force_plan
+std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0;  // see force_plan
 
 // The kernel of a number: one of these, or none where it is -1.
 struct NumberedKernel {
@@ -100,10 +99,7 @@ decltype(auto) with_plan(const Gemm& args, F&& run) {
 #ifdef MARLIN_WITH_SM90
   if (problem.device.wgmma) {
     const int cluster = std::max<int>(forced_cluster, 1);
-    if (forced.prefill) {
-      return run(plan::prefill_plan_with(*forced.prefill, cluster,
-                                         std::max<int>(forced_input_shares, 1), problem));
-    }
+    if (forced.prefill) return run(plan::prefill_plan_with(*forced.prefill, cluster, problem));
     if (forced.decode && forced.decode->tile.holds(args.m)) {
       return run(plan::decode_plan_with(*forced.decode, std::min(cluster, 2), problem));
     }
@@ -121,7 +117,7 @@ int64_t gemm_workspace_bytes(const Gemm& args) {
   return with_plan(args, [&](const auto& plan) { return scratch_of(args, plan).bytes(); });
 }
 
-void force_plan(int id, int sm_count, int cluster, int input_shares) {
+void force_plan(int id, int sm_count, int cluster) {
   const auto check_range = [](const char* name, int value, int least, int most) {
     if (value >= least && value <= most) return;
     throw std::runtime_error("marlin: force_plan: " + std::string(name) + ": got " +
@@ -131,11 +127,9 @@ void force_plan(int id, int sm_count, int cluster, int input_shares) {
   check_range("id", id, -1, plan::kernel_count() - 1);
   check_range("sms", sm_count, 0, std::numeric_limits<int>::max());
   check_range("cluster", cluster, 0, plan::Device::kLargestCluster);
-  check_range("input_shares", input_shares, 0, plan::Device::kLargestCluster);
   forced_kernel = id;
   forced_sm_count = sm_count;
   forced_cluster = cluster;
-  forced_input_shares = input_shares;
 }
 
 void gemm(const Gemm& args, void* workspace, void* stream) {

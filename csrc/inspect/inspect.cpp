@@ -60,7 +60,7 @@ py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 
 py::dict describe(const plan::PrefillKernel& kernel) {
   const plan::PrefillTile& tile = kernel.tile;
   return describe(kernel, tile.sparse ? "sm90_prefill_24" : "sm90_prefill", tile.stages(),
-                  tile.shared_bytes(), true, false, [](int) { return true; });
+                  tile.shared_bytes(), true, tile.runs, [](int) { return true; });
 }
 
 py::list plans() {
@@ -122,13 +122,12 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["kernel"] = describe(prefill->kernel);
     out["blocks"] = prefill->blocks;
     out["cluster"] = prefill->cluster;
-    out["input_shares"] = prefill->input_shares;
     out["row_blocks"] = prefill->row_blocks;
     out["token_tiles"] = prefill->token_tiles;
     out["pieces_per_cluster"] = prefill->pieces_per_cluster;
     out["token_group"] = prefill->token_group;
-    out["stages_per_block"] = prefill->stages_per_block;
-    out["workspace_bytes"] = 0;
+    out["stages_per_tile"] = prefill->stages;
+    out["workspace_bytes"] = prefill->partial_bytes();
     out["rounds_weights"] = true;
     return out;
   }
@@ -176,11 +175,11 @@ void throw_if(int failed, const char* error) {
   if (failed) throw std::runtime_error(error);
 }
 
-void force_plan(int id, int sms, int cluster, int input_shares) {
+void force_plan(int id, int sms, int cluster) {
   char error[512] = "";
   const auto force =
-      op_library_function<int (*)(int, int, int, int, char*, size_t)>("marlin_force_plan");
-  throw_if(force(id, sms, cluster, input_shares, error, sizeof error), error);
+      op_library_function<int (*)(int, int, int, char*, size_t)>("marlin_force_plan");
+  throw_if(force(id, sms, cluster, error, sizeof error), error);
 }
 
 py::dict kernel_attributes(int id, bool bf16) {
@@ -213,7 +212,7 @@ PYBIND11_MODULE(_inspect, m) {
         "The kernel and the partition chosen for a problem on a device.");
   m.def("build_info", &build_info, "Versions and settings of this build.");
   m.def("force_plan", &force_plan, py::arg("id") = -1, py::kw_only(), py::arg("sms") = 0,
-        py::arg("cluster") = 0, py::arg("input_shares") = 0,
+        py::arg("cluster") = 0,
         "For tests and benchmarks: makes every gemm run one kernel that can, or one partition.");
   m.def("kernel_attributes", &kernel_attributes, py::arg("id"), py::kw_only(),
         py::arg("bf16") = false, "Registers, shared memory and occupancy on the current device.");

@@ -7,12 +7,14 @@
 #include <string>
 
 #include "plan/plan.h"
+#include "plan/runs.h"
 
 namespace marlin::plan {
 
 struct PrefillTile {
   int tokens, row_blocks, stage_blocks;
   bool sparse = false;  // 2:4: a block of 64 x 64 stored weights covers 128 columns
+  bool runs = false;    // blocks share tiles over global memory (StageRun)
 
   static constexpr int kLeastPeriod = 32;  // the least columns between scales
 
@@ -34,10 +36,9 @@ struct PrefillTile {
   }
 
   // After the stages: the finished outputs [rows / 64][tokens][64], on their way to global memory, and
-  // the barriers. A tile split across a cluster leaves fp32 sums [tokens][rows + 4] where the stages
-  // were; 4 floats of padding spread a fragment's rows over all banks.
+  // the barriers.
   constexpr int output_bytes() const { return tokens * rows() * 2; }
-  constexpr int sum_stride() const { return rows() + 4; }
+  constexpr int partial_floats() const { return tokens * rows(); }  // that a block with runs leaves
   constexpr int stages() const {
     const int room = kSharedBytes - output_bytes() - kBarrierBytes - kAlignment;
     return room / stage_bytes();
@@ -61,29 +62,38 @@ struct PrefillKernel {
 std::span<const PrefillKernel> prefill_kernels(bool sparse = false);
 
 // The work is row_blocks * token_tiles pieces of 64 output features by one tile of tokens. Clusters do
-// them in tiles of up to input_shares * tile.row_blocks pieces, shared out among blocks that copy their
-// activations together; and cluster / input_shares such sets of blocks share the k of each tile.
+// them in tiles of up to cluster * tile.row_blocks pieces, shared out among their blocks, which copy
+// their activations together.
 //   token_group == 0: each token tile is cut into `runs` of `pieces_per_cluster`, one a cluster.
 //   token_group > 0:  cluster c does whole tiles c, c + clusters, ... of an order that goes through
 //                     groups of so many token tiles, row tile by row tile, token tile by token tile.
+// Or, where kernel.tile.runs: of that order, blocks share the first tiles, equal runs of stages each of one to two
+// tiles, or less where tiles are fewer than blocks; then each does `whole_tiles`, every so-many-th.
 struct PrefillPlan {
   PrefillKernel kernel;
   int period;  // columns between scales: 32, 64, or 128 for all longer groups
   int row_blocks, row_tiles, token_tiles;
-  int cluster;                   // blocks
-  int input_shares;              // of them, those that share activations
-  int stages_per_block;          // of one tile
+  int stages;                    // of a tile
+  int cluster;                   // blocks that share activations
   int runs, pieces_per_cluster;  // the latter with token_group > 0 too, for the model of time only
   int token_group;
+  int whole_tiles;  // of each block, after its run
   int blocks;
+
+  constexpr int shared_tiles() const { return row_tiles * token_tiles - whole_tiles * blocks; }
+  constexpr StageRuns stage_runs() const { return StageRuns::of(blocks, shared_tiles(), stages); }
+  // Where blocks share tiles over memory: the sums that each leaves, and a flag for each row block.
+  constexpr int64_t partial_bytes() const {
+    if (!kernel.tile.runs || !stage_runs().share_tiles()) return 0;
+    return int64_t{blocks} * (kernel.tile.partial_floats() * 4 + kernel.tile.row_blocks * 8);
+  }
 };
 
 // Nothing where another kernel must run: a device or build without wgmma.
 std::optional<PrefillPlan> select_prefill(const Problem& problem);
 
-// With fewer blocks a cluster than asked for where some would have nothing to do.
-PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, int input_shares,
-                              const Problem& problem);
+// With fewer blocks a cluster than asked for where some would have nothing to do, and one with runs.
+PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Problem& problem);
 
 // A model of a plan's time, to compare plans of one problem: microseconds, fitted to an H200.
 double estimated_us(const PrefillPlan& plan);

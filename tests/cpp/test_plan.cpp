@@ -146,14 +146,12 @@ TEST(Plan, PartitionDoesEverythingOnce) {
 
 // Where blocks share tiles over memory: the one with a tile's last stages does them last, and the others, of
 // lower numbers, theirs first.
-void check_runs(const DecodePlan& plan) {
-  const int stages = plan.stages, tiles = plan.row_tiles * plan.token_tiles;
-  ASSERT_EQ(plan.cluster, 1);
+void check_runs(const StageRuns& runs, int blocks, int tiles) {
+  const int stages = runs.stages;
   std::vector<int> done(static_cast<size_t>(tiles) * stages), sharing(tiles);
-  const DecodeRuns runs = plan.runs();
   int most = 0, least = tiles * stages;
-  for (int block = 0; block < plan.blocks; ++block) {
-    const auto run = DecodeRun::of(runs, block);
+  for (int block = 0; block < blocks; ++block) {
+    const auto run = StageRun::of(runs, block);
     ASSERT_EQ(run.tiles > 0, run.end > run.begin);
     for (int i = 0; i < run.tiles; ++i) {
       const int at = run.last - i;
@@ -164,6 +162,9 @@ void check_runs(const DecodePlan& plan) {
       }
       if (end - first == stages) continue;
       ++sharing[at];
+      const int sender = runs.first_sender(block, at);
+      ASSERT_LE(runs.begin(sender), at * stages);
+      ASSERT_GT(runs.begin(sender + 1), at * stages);
       ASSERT_TRUE(end == stages ? i == run.tiles - 1 : i == 0);
     }
     most = std::max(most, run.end - run.begin);
@@ -172,9 +173,8 @@ void check_runs(const DecodePlan& plan) {
   ASSERT_LE(most - least, 1) << "work is not shared equally";
   for (const int times : done) ASSERT_EQ(times, 1);
   for (const int blocks : sharing) ASSERT_NE(blocks, 1);
-  const bool share = std::ranges::any_of(sharing, [](int blocks) { return blocks > 0; });
+  const bool share = std::ranges::any_of(sharing, [](int count) { return count > 0; });
   ASSERT_TRUE(runs.share_tiles() || !share);
-  ASSERT_EQ(plan.partial_bytes() > 0, runs.share_tiles());
 }
 
 // Pairs of blocks name the same tile, and the same half, as shared; whole tiles, shared ones and halves are
@@ -233,7 +233,10 @@ void check_decode(const Problem& problem, const DecodePlan& plan) {
   ASSERT_EQ(plan.blocks % plan.cluster, 0);
   ASSERT_LE(plan.blocks, problem.device.sm_count);
   if (tile.runs) {
-    ASSERT_NO_FATAL_FAILURE(check_runs(plan));
+    ASSERT_EQ(plan.cluster, 1);
+    ASSERT_NO_FATAL_FAILURE(
+        check_runs(plan.runs(), plan.blocks, plan.row_tiles * plan.token_tiles));
+    ASSERT_EQ(plan.partial_bytes() > 0, plan.runs().share_tiles());
     return;
   }
   ASSERT_EQ(plan.partial_bytes(), 0);
@@ -306,20 +309,20 @@ TEST(Plan, DecodeWithManyTokensTakesWhatWasMeasuredToBeFastest) {
            {129, 8192, 8192, 144, 128, 1},       {160, 8192, 8192, 160, 128, 1},
            {192, 8192, 8192, 192, 128, 1},       {256, 8192, 8192, 128, 128, 2},
            {400, 4096, 14336, 112, 128, 4},      {385, 8192, 8192, 144, 128, 3},
-           {433, 8192, 8192, 0, 0, 0},           {400, 5120, 5120, 144, 128, 3},
+           {433, 8192, 8192, 112, 128, 4},       {400, 5120, 5120, 144, 128, 3},
            {128, 28672, 4096, 0, 0, 0},          {144, 28672, 4096, 144, 128, 1},
            {256, 28672, 4096, 0, 0, 0},          {144, 57344, 8192, 144, 128, 1},
            {80, 4096, 14336, 80, 64, 1, true},   {96, 4096, 14336, 96, 64, 1, true},
            {128, 4096, 14336, 128, 64, 1, true}, {192, 4096, 14336, 96, 64, 2, true},
-           {320, 4096, 14336, 80, 64, 4, true},  {80, 8192, 8192, 80, 64, 1, true},
-           {128, 8192, 8192, 128, 128, 1, true}, {160, 8192, 8192, 80, 64, 2, true},
+           {320, 4096, 14336, 0, 0, 0, true},    {80, 8192, 8192, 80, 64, 1, true},
+           {128, 8192, 8192, 128, 128, 1, true}, {160, 8192, 8192, 0, 0, 0, true},
            {320, 8192, 8192, 0, 0, 0, true},     {96, 5120, 27648, 0, 0, 0, true},
            {128, 28672, 4096, 0, 0, 0, true},    {96, 14336, 4096, 112, 128, 1},
            {80, 22016, 4096, 80, 64, 1},         {160, 12288, 4096, 80, 64, 2},
            {288, 5120, 5120, 112, 128, 3},       {128, 57344, 8192, 0, 0, 0},
-           {256, 8192, 28672, 128, 128, 2},      {384, 5120, 27648, 128, 128, 3},
+           {256, 8192, 28672, 0, 0, 0},          {384, 5120, 27648, 0, 0, 0},
            {240, 5120, 27648, 0, 0, 0, true},    {192, 16384, 16384, 0, 0, 0, true},
-           {320, 7168, 5120, 0, 0, 0, true},     {320, 12288, 4096, 128, 128, 3, true},
+           {320, 7168, 5120, 0, 0, 0, true},     {320, 12288, 4096, 0, 0, 0, true},
            {128, 6144, 4096, 128, 64, 1, true},  {200, 8192, 8192, 128, 128, 2, true},
            {576, 2048, 14336, 144, 128, 4},      {448, 4608, 3584, 160, 128, 3},
            {576, 5120, 5120, 192, 128, 3},       {3072, 768, 4096, 144, 128, 22},
@@ -335,7 +338,7 @@ TEST(Plan, DecodeWithManyTokensTakesWhatWasMeasuredToBeFastest) {
     const std::string what = std::to_string(c.n) + " x " + std::to_string(c.k) +
                              ", M = " + std::to_string(c.m) +
                              (plan ? ": " + plan->kernel.name() : "");
-    ASSERT_EQ(plan.has_value(), c.tokens > 0) << what;
+    EXPECT_EQ(plan.has_value(), c.tokens > 0) << what;
     if (!plan) continue;
     EXPECT_EQ(plan->kernel.tile.tokens, c.tokens) << what;
     EXPECT_EQ(plan->kernel.tile.rows(), c.rows) << what;
@@ -466,7 +469,7 @@ TEST(Plan, SparseWeightsHaveKernelsForAnyNumberOfTokensOnHopper) {
   Problem problem{1, 8192, 8192, 128, device_of(90, 132), true};
   problem.device.wgmma = true;
   for (problem.m = 1; problem.m < 600; ++problem.m) {
-    if (problem.m <= 256) {  // of more the model decides: both take 49 us at 288
+    if (problem.m <= 128) {  // of more the model decides
       EXPECT_TRUE(select_decode(problem).has_value()) << problem.m;
     }
     EXPECT_TRUE(select_prefill(problem).has_value());
@@ -484,7 +487,7 @@ TEST(Plan, DecodeSharesTilesOverMemoryWhereThatIsFaster) {
     const auto plan = select_decode(problem);
     return plan && plan->kernel.tile.runs;
   };
-  for (const int m : {1, 16, 32, 64, 96, 128}) {
+  for (const int m : {1, 16, 32, 64}) {
     EXPECT_TRUE(runs(m, 5120, 27648)) << m;  // on an H200 8 to 36% faster
     EXPECT_FALSE(runs(m, 5120, 5120)) << m;  // 2 to 19% slower
     EXPECT_FALSE(runs(m, 4096, 4096)) << m;  // 34 to 40% slower
@@ -504,10 +507,10 @@ TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {
   check_decode(problem, *plan);
 }
 
-// The parts of a cluster's tile of `pieces` row blocks, as TileCursor::before deals them out: one after
+// The parts of a cluster's tile of `pieces` row blocks, as PrefillTileCursor::before deals them out: one after
 // the other, none larger than a block's tile.
 void check_parts(const PrefillPlan& plan, int pieces) {
-  const int shares = plan.input_shares;
+  const int shares = plan.cluster;
   const auto before = [&](int rank) { return (pieces * rank + shares - 1) / shares; };
   ASSERT_EQ(before(0), 0);
   ASSERT_EQ(before(shares), pieces);
@@ -517,51 +520,69 @@ void check_parts(const PrefillPlan& plan, int pieces) {
   }
 }
 
-// What the prefill kernels do with a plan, in miniature: every piece of 64 output features by a tile of
-// tokens is some cluster's, once, and every stage of its k some block's.
+// Every tile, once: as pieces of 64 output features by a tile of tokens, in the order of prefill_tiles.cuh.
+void check_whole_tiles(const PrefillPlan& plan) {
+  std::vector<int> done(static_cast<size_t>(plan.row_blocks) * plan.token_tiles);
+  const int rows = plan.kernel.tile.row_blocks * plan.cluster;
+  for (int at = 0; at < plan.row_tiles * plan.token_tiles; ++at) {
+    const int of_group = plan.token_group * plan.row_tiles;
+    const int first = at / of_group * plan.token_group;
+    const int size = std::min(plan.token_group, plan.token_tiles - first);
+    const int row_block = at % of_group / size * rows;
+    const int token_tile = first + at % of_group % size;
+    ASSERT_NO_FATAL_FAILURE(check_parts(plan, std::min(rows, plan.row_blocks - row_block)));
+    for (int r = row_block; r < std::min(row_block + rows, plan.row_blocks); ++r) {
+      ++done[static_cast<size_t>(token_tile) * plan.row_blocks + r];
+    }
+  }
+  for (const int times : done) ASSERT_EQ(times, 1);
+}
+
+// Each token tile cut into runs of pieces, one a cluster.
+void check_runs_of_pieces(const PrefillPlan& plan) {
+  std::vector<int> done(static_cast<size_t>(plan.row_blocks) * plan.token_tiles);
+  const int rows = plan.kernel.tile.row_blocks * plan.cluster;
+  for (int cluster = 0; cluster < plan.blocks / plan.cluster; ++cluster) {
+    const int tile_end = (cluster / plan.runs + 1) * plan.row_blocks;
+    const int begin = tile_end - plan.row_blocks + cluster % plan.runs * plan.pieces_per_cluster;
+    const int end = std::min(begin + plan.pieces_per_cluster, tile_end);
+    ASSERT_LT(begin, end) << "an idle cluster";
+    for (int piece = begin; piece < end; ++piece) ++done[piece];
+    for (int at = begin; at < end; at += rows) {
+      ASSERT_NO_FATAL_FAILURE(check_parts(plan, std::min(rows, end - at)));
+    }
+  }
+  for (const int times : done) ASSERT_EQ(times, 1);
+}
+
+// What the prefill kernels do with a plan, in miniature.
 void check_prefill(const Problem& problem, const PrefillPlan& plan) {
   const PrefillTile& tile = plan.kernel.tile;
   ASSERT_EQ(tile.sparse, problem.sparse);
   ASSERT_GE(plan.row_blocks * int64_t{64}, problem.n);
   ASSERT_GE(plan.token_tiles * int64_t{tile.tokens}, problem.m);
+  ASSERT_GE(plan.stages * int64_t{tile.stage_k()}, problem.k);
   ASSERT_LE(tile.shared_bytes(), problem.device.shared_bytes);
-  const int64_t stages = (problem.k + tile.stage_k() - 1) / tile.stage_k();
-  ASSERT_EQ(plan.cluster % plan.input_shares, 0);
-  ASSERT_EQ(tile.tokens % (8 * plan.input_shares), 0) << "parts of a swizzle pattern";
-  const int k_shares = plan.cluster / plan.input_shares;
-  ASSERT_GE(int64_t{plan.stages_per_block} * k_shares, stages);
-  ASSERT_LT(int64_t{plan.stages_per_block} * (k_shares - 1), stages) << "an idle block";
+  ASSERT_EQ(tile.tokens % (8 * plan.cluster), 0) << "parts of a swizzle pattern";
   ASSERT_EQ(plan.blocks % plan.cluster, 0);
   const int clusters = plan.blocks / plan.cluster;
   ASSERT_LE(clusters, std::max(problem.device.clusters_of(plan.cluster), 1));
-  std::vector<int> done(static_cast<size_t>(plan.row_blocks) * plan.token_tiles);
-  for (int cluster = 0; cluster < clusters; ++cluster) {
-    if (plan.token_group == 0) {
-      const int tile_end = (cluster / plan.runs + 1) * plan.row_blocks;
-      const int begin = tile_end - plan.row_blocks + cluster % plan.runs * plan.pieces_per_cluster;
-      const int end = std::min(begin + plan.pieces_per_cluster, tile_end);
-      ASSERT_LT(begin, end) << "an idle cluster";
-      for (int piece = begin; piece < end; ++piece) ++done[piece];
-      const int rows = tile.row_blocks * plan.input_shares;
-      for (int at = begin; at < end; at += rows) {
-        ASSERT_NO_FATAL_FAILURE(check_parts(plan, std::min(rows, end - at)));
-      }
-      continue;
-    }
-    for (int at = cluster; at < plan.row_tiles * plan.token_tiles; at += clusters) {
-      const int of_group = plan.token_group * plan.row_tiles;
-      const int first = at / of_group * plan.token_group;
-      const int size = std::min(plan.token_group, plan.token_tiles - first);
-      const int rows = tile.row_blocks * plan.input_shares;
-      const int row_block = at % of_group / size * rows;
-      const int token_tile = first + at % of_group % size;
-      ASSERT_NO_FATAL_FAILURE(check_parts(plan, std::min(rows, plan.row_blocks - row_block)));
-      for (int r = row_block; r < std::min(row_block + rows, plan.row_blocks); ++r) {
-        ++done[static_cast<size_t>(token_tile) * plan.row_blocks + r];
-      }
-    }
+  if (!tile.runs) {
+    ASSERT_EQ(plan.partial_bytes(), 0);
+    ASSERT_EQ(plan.whole_tiles, 0);
+    ASSERT_NO_FATAL_FAILURE(plan.token_group ? check_whole_tiles(plan)
+                                             : check_runs_of_pieces(plan));
+    return;
   }
-  for (const int times : done) ASSERT_EQ(times, 1);
+  ASSERT_EQ(plan.cluster, 1);
+  ASSERT_NO_FATAL_FAILURE(check_whole_tiles(plan));
+  // The first tiles are shared, one to two by each block, and of the rest all blocks do as many.
+  const int tiles = plan.row_tiles * plan.token_tiles, shared = plan.shared_tiles();
+  ASSERT_GE(shared, 0);
+  ASSERT_LT(shared, 2 * plan.blocks);
+  ASSERT_TRUE(shared == tiles || shared == 0 || shared > plan.blocks);
+  ASSERT_NO_FATAL_FAILURE(check_runs(plan.stage_runs(), plan.blocks, shared));
+  ASSERT_EQ(plan.partial_bytes() > 0, plan.stage_runs().share_tiles());
 }
 
 TEST(Plan, PrefillDoesEverythingOnce) {
@@ -578,77 +599,78 @@ TEST(Plan, PrefillDoesEverythingOnce) {
     const auto kernels = prefill_kernels(problem.sparse);
     const auto& kernel = kernels[random() % kernels.size()];
     const auto cluster = static_cast<int>(up_to(Device::kLargestCluster));
-    const auto input_shares = static_cast<int>(up_to(Device::kLargestCluster));
-    ASSERT_NO_FATAL_FAILURE(
-        check_prefill(problem, prefill_plan_with(kernel, cluster, input_shares, problem)));
+    ASSERT_NO_FATAL_FAILURE(check_prefill(problem, prefill_plan_with(kernel, cluster, problem)));
   }
   EXPECT_FALSE(select_prefill({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
 }
 
 TEST(Plan, BlocksShareActivationsWithManyTokens) {
-  Problem problem{4096, 8192, 8192, 128, device_of(90, 132)};
+  // 1024 tiles of 128 x 256 for 132 multiprocessors, or 66 pairs with 8 each: nothing is left to share out.
+  Problem problem{8448, 4096, 8192, 128, device_of(90, 132)};
   problem.device.wgmma = true;
-  EXPECT_EQ(select_prefill(problem)->input_shares, 2);
   EXPECT_EQ(select_prefill(problem)->cluster, 2);
   problem.sparse = true;  // a stage's 128 columns are then copied 64 at a time
-  EXPECT_EQ(select_prefill(problem)->input_shares, 2);
-  EXPECT_EQ(prefill_plan_with(prefill_kernels(true)[0], 2, 2, problem).input_shares, 2);
-  problem.m = 1024;
-  EXPECT_EQ(select_prefill(problem)->input_shares, 1);
+  EXPECT_EQ(select_prefill(problem)->cluster, 2);
+  EXPECT_EQ(prefill_plan_with(prefill_kernels(true)[0], 2, problem).cluster, 2);
+  problem.m = 1056;
+  EXPECT_EQ(select_prefill(problem)->cluster, 1);
   problem.sparse = false;
-  EXPECT_EQ(select_prefill(problem)->input_shares, 1);
+  EXPECT_EQ(select_prefill(problem)->cluster, 1);
   problem.m = 4352, problem.n = 448;  // a pair would have 3 pieces, and one of its blocks 2
-  EXPECT_EQ(select_prefill(problem)->input_shares, 1);
+  EXPECT_EQ(select_prefill(problem)->cluster, 1);
 }
 
-// Where runs of pieces would leave some clusters with more of them: on an H200 11 to 24% slower. But not of blocks that
-// share k, of which the model of time would think too well.
+// Where runs of pieces would leave some clusters with more of them: on an H200 11 to 24% slower.
 TEST(Plan, PrefillDealsWholeTilesWhereThatIsFewerPieces) {
-  const auto deals_whole = [](int64_t m, int64_t n, int64_t k, bool sparse, int cluster,
-                              int input_shares) {
+  const auto deals_whole = [](int64_t m, int64_t n, int64_t k, bool sparse, int cluster) {
     Problem problem{m, n, k, 128, device_of(90, 132), sparse};
     problem.device.wgmma = true;
-    const PrefillKernel& largest = prefill_kernels(sparse).back();
-    return prefill_plan_with(largest, cluster, input_shares, problem).token_group > 0;
+    const auto kernels = prefill_kernels(sparse);
+    const auto largest = std::ranges::find_if(kernels, [&](const PrefillKernel& kernel) {
+      return !kernel.tile.runs && kernel.tile.tokens == (sparse ? 128 : 256);
+    });
+    return prefill_plan_with(*largest, cluster, problem).token_group > 0;
   };
-  EXPECT_TRUE(deals_whole(3584, 3584, 14336, false, 1, 1));
-  EXPECT_TRUE(deals_whole(6144, 2048, 14336, false, 2, 2));
-  EXPECT_TRUE(deals_whole(3072, 4096, 4096, true, 1, 1));
-  EXPECT_FALSE(deals_whole(1792, 3584, 18944, false, 2, 1));
-  EXPECT_FALSE(deals_whole(2048, 4096, 4096, false, 1, 1));  // 4 pieces either way
+  EXPECT_TRUE(deals_whole(3584, 3584, 14336, false, 1));
+  EXPECT_TRUE(deals_whole(6144, 2048, 14336, false, 2));
+  EXPECT_TRUE(deals_whole(3072, 4096, 4096, true, 1));
+  EXPECT_FALSE(deals_whole(2048, 4096, 4096, false, 1));  // 4 pieces either way
 }
 
-// On an H200 two blocks to a tile's k are 4 to 15% slower at these shapes, but 12 to 20% faster than the kernels of
-// before at the last two.
-TEST(Plan, PrefillSharesKOnlyWhereThatPaysForTheExchange) {
+// Of tiles that do not go round, on an H200: 133 and 99 us at 5120 x 13824, M = 512, 175 and 135 there with
+// 1024 and 2:4 weights, 54 and 39 at 5120 x 27648, 2:4, M = 96; but 26.5 and 35 at 1024 x 4096, M = 2048, and 52
+// and 56 at 2048 x 2048, M = 4096, which are 64 and 256 tiles for 132 multiprocessors.
+TEST(Plan, BlocksSharePrefillTilesWhereThatPays) {
   struct Case {
     int64_t m, n, k;
     bool sparse, shares;
   };
-  for (const Case& c : std::initializer_list<Case>{{512, 4096, 14336, false, false},
-                                                   {640, 4096, 11008, false, false},
-                                                   {768, 8192, 28672, false, false},
-                                                   {640, 28672, 8192, false, false},
-                                                   {1024, 2048, 12288, false, false},
-                                                   {256, 73728, 18432, true, false},
-                                                   {1024, 3584, 18944, true, false},
-                                                   {240, 5120, 27648, true, true},
-                                                   {320, 3584, 18944, true, true}}) {
+  for (const Case& c : std::initializer_list<Case>{{512, 5120, 13824, false, true},
+                                                   {1024, 5120, 13824, true, true},
+                                                   {768, 3584, 18944, false, true},
+                                                   {640, 28672, 8192, false, true},
+                                                   {96, 5120, 27648, true, true},
+                                                   {320, 3584, 18944, true, true},
+                                                   {64, 4096, 14336, false, false},
+                                                   {256, 8192, 8192, false, false},
+                                                   {256, 8192, 8192, true, false},
+                                                   {1024, 1024, 4096, false, false},
+                                                   {4096, 2048, 2048, false, false}}) {
     Problem problem{c.m, c.n, c.k, 128, device_of(90, 132), c.sparse};
     problem.device.wgmma = true;
-    const PrefillPlan plan = *select_prefill(problem);
-    EXPECT_EQ(plan.cluster > plan.input_shares, c.shares) << c.n << " x " << c.k << ", " << c.m;
+    const bool shares = !select_decode(problem) && select_prefill(problem)->kernel.tile.runs;
+    EXPECT_EQ(shares, c.shares) << c.n << " x " << c.k << ", " << c.m << (c.sparse ? " 2:4" : "");
   }
 }
 
 TEST(Plan, PrefillTakesNoClusterThatTheDeviceCannotRun) {
-  for (int64_t m : {33, 64, 100, 200, 400}) {
+  for (int64_t m : {64, 400, 4096, 8448}) {
     for (int64_t n : {512, 4096, 8192}) {
-      Problem problem{m, n, 14336, 128, device_of(90, 132)};
+      Problem problem{m, n, 8192, 128, device_of(90, 132)};
       problem.device.wgmma = true;
       problem.device.clusters = {0, 132, -1, -1, 30, -1, -1, -1, -1};
       const auto plan = select_prefill(problem);
-      EXPECT_TRUE(plan->cluster == 1 || plan->cluster == 4) << plan->cluster;
+      EXPECT_EQ(plan->cluster, 1);
       check_prefill(problem, *plan);
     }
   }
@@ -683,7 +705,8 @@ TEST(Plan, LargestProblemsDoNotOverflowOnHopper) {
           EXPECT_GE(int64_t{plan->stages} * plan->kernel.tile.stage_k(), k) << what;
         }
         const PrefillPlan plan = *select_prefill(problem);
-        EXPECT_GT(plan.pieces_per_cluster, 0) << what;
+        EXPECT_GT(plan.kernel.tile.runs ? plan.blocks : plan.pieces_per_cluster, 0) << what;
+        EXPECT_GE(plan.partial_bytes(), 0) << what;
         EXPECT_GT(estimated_us(plan), 0) << what;
       }
     }

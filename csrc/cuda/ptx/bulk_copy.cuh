@@ -92,13 +92,7 @@ __device__ __forceinline__ void copies_have_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-// A barrier for the first `kThreads` threads of the block. (0 is __syncthreads.)
-template <int kThreads>
-__device__ __forceinline__ void sync_threads() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-}
-
-// A barrier for the threads of one warpgroup.
+// A barrier for the threads of one warpgroup: 2 and on. (0 is __syncthreads.)
 __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 2) : "memory");
 }
@@ -187,21 +181,6 @@ __device__ __forceinline__ void send_to_block(uint32_t to, uint32_t barrier, con
       "[%1];" ::"r"(to),
       "r"(barrier), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
       : "memory");
-}
-
-// Adds the eight floats at the same shared address, a multiple of 16, in another block of the cluster.
-__device__ __forceinline__ void add_from_block(float (&sum)[8], uint32_t shared, int rank) {
-  const uint32_t there = address_in_block(shared, rank);
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    float v[4];
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-                 : "r"(there + i * 4)
-                 : "memory");
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum[i + j] += v[j];
-  }
 }
 
 }  // namespace marlin::ptx

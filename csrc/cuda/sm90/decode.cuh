@@ -14,7 +14,7 @@
 // stores; those of the last tile, with runs also of one before a short rest, they add and store
 // themselves, and all where there is no finisher (S::kHasFinisher). Where the tiles do not go round,
 // pairs of blocks share one, and in some kernels half of another (plan::DecodeShare), or, in kernels
-// for that, any blocks some (plan::DecodeRun).
+// for that, any blocks some (plan::StageRun).
 //
 // Programmatic dependent launch: with `static_weights` the producers fill the ring with weights while
 // the previous kernel still runs; activations are read, and outputs written, only after it has

@@ -5,6 +5,7 @@
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/sm90/decode_tiles.cuh"
+#include "cuda/sm90/partials.cuh"
 
 namespace marlin::cuda::sm90 {
 
@@ -15,10 +16,9 @@ namespace marlin::cuda::sm90 {
 // Sums of half a tile and of a tile go through the same room in shared memory: a block sends the second once the
 // other has read the first.
 //
-// Of a tile that blocks share over memory (S::kRuns), the block with the last stages stores all rows. The
-// others leave their sums in the call's scratch, and a flag that says so: a number which memory that holds
-// anything else does not hold by chance, so that scratch need not be cleared. Whoever has seen a flag clears
-// it. It is compiled into kernels of its own: code that others never run made them 4 to 10% slower.
+// Of a tile that blocks share over memory (S::kRuns), the block with the last stages stores all rows, and the
+// others leave it their sums. It is compiled into kernels of its own: code that others never run made them 4 to
+// 10% slower.
 template <typename Element, typename S>
 struct DecodeFinish {
   const DecodeParams<Element>& p;
@@ -47,10 +47,7 @@ struct DecodeFinish {
     for (int pass = 0; pass < S::kPasses; ++pass) {
 #pragma unroll 1
       for (int sender = work.first_sender(); sender < work.block(); ++sender) {
-        uint64_t* flag = flag_of(sender, pass);
-        while (ptx::load_acquire(flag) != kThere) {
-        }
-        *flag = 0;
+        await_sums(flag_of(sender, pass));
       }
       ptx::mbarrier_arrive(received(pass));
     }
@@ -71,7 +68,6 @@ struct DecodeFinish {
   }
 
  private:
-  static constexpr uint64_t kThere = 0x6d61726c696e2b34;
   static constexpr int kPartialLeft = 4;  // a barrier of the block
 
   __device__ uint32_t received(int pass) const {
@@ -100,7 +96,7 @@ struct DecodeFinish {
     } else {
       ptx::barrier_sync<kPartialLeft, kThreads>();
     }
-    if (thread == 0) ptx::store_release(flag_of(work.block(), pass), kThere);
+    if (thread == 0) flag_sums(flag_of(work.block(), pass));
   }
 
   // With what other blocks have left.

@@ -19,7 +19,7 @@ struct DecodeParams : LayerParams<Element> {
   int early_stages, first_stages;  // of weights (plan::DecodePlan)
   // Where blocks share tiles over memory (S::kRuns): their runs, and what each leaves, [S::kTokens][rows]
   // and [passes].
-  plan::DecodeRuns runs;
+  plan::StageRuns runs;
   float* partials;
   uint64_t* partial_flags;
 };
@@ -56,9 +56,9 @@ struct DecodeShape {
   static constexpr int kZeroBytes = kTile.zero_bytes(kPeriod);
   static constexpr int kPasses = kTile.passes(), kPassTokens = kTile.pass_tokens();
   // Sums that leave in several passes are stored by the consumers, which would wait for one warp between
-  // passes: 50.5 us for 47.9 at 28672 x 4096, M = 128, 83.3 for 80.2 at 8192 x 8192, M = 400 (H200). With runs
-  // it is the other way round: 52.1 for 54 at 5120 x 27648, M = 96.
-  static constexpr bool kHasFinisher = kRuns || kPasses == 1;
+  // passes: 50.5 us for 47.9 at 28672 x 4096, M = 128, 83.3 for 80.2 at 8192 x 8192, M = 400 (H200).
+  static constexpr bool kHasFinisher = kPasses == 1;
+  static_assert(!kRuns || kHasFinisher);
   static constexpr int kSumStride = kTile.sum_stride(), kSumsAt = kTile.sums_at(kPeriod);
   static constexpr int kReceivedAt = kTile.received_at(kPeriod);
   static constexpr int kBarriersAt = kTile.barriers_at(kPeriod);
@@ -201,11 +201,11 @@ template <typename Element, typename S>
 struct DecodeRunCursor : DecodeTileOf<DecodeRunCursor<Element, S>, Element, S> {
   using Base = DecodeTileOf<DecodeRunCursor<Element, S>, Element, S>;
   using Base::p;
-  plan::DecodeRun run;
+  plan::StageRun run;
   int at;  // tiles before it
 
   __device__ explicit DecodeRunCursor(const DecodeParams<Element>& params)
-      : Base{params}, run(plan::DecodeRun::of(params.runs, block())), at(0) {}
+      : Base{params}, run(plan::StageRun::of(params.runs, block())), at(0) {}
   __device__ static int block() { return static_cast<int>(blockIdx.x); }
   __device__ bool valid() const { return at < run.tiles; }
   __device__ bool last() const { return at + 1 == run.tiles; }
@@ -220,15 +220,7 @@ struct DecodeRunCursor : DecodeTileOf<DecodeRunCursor<Element, S>, Element, S> {
   // from the first sender to the one before this have left.
   __device__ bool sends() const { return run.end_stage(tile(), p.stages) < p.stages; }
   __device__ bool gathers() const { return first_stage() > 0 && !sends(); }
-  __device__ int first_sender() const {
-    int sender = block();
-    if (first_stage() > 0) {
-      do {
-        --sender;
-      } while (p.runs.begin(sender) > tile() * p.stages);
-    }
-    return sender;
-  }
+  __device__ int first_sender() const { return p.runs.first_sender(block(), tile()); }
   // Whether the consumers store the tile: nothing is left to do, or so little that the finisher warp
   // would hold it up.
   __device__ bool consumers_store() const {

@@ -152,9 +152,9 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   const plan::PrefillTile& tile = plan.kernel.tile;
   PrefillParams<Element> p{};
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
-  const InputBox box{whole_patterns(tile.tokens / plan.input_shares,
-                                    layout::ceil_div(args.m, int64_t{plan.input_shares})),
-                     plan.input_shares > 1 ? 1 : tile.stage_k() / 64, plan.input_shares};
+  const InputBox box{
+      whole_patterns(tile.tokens / plan.cluster, layout::ceil_div(args.m, int64_t{plan.cluster})),
+      plan.cluster > 1 ? 1 : tile.stage_k() / 64, plan.cluster};
   describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
   p.row_tiles = plan.row_tiles;
@@ -162,10 +162,16 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   p.token_group = plan.token_group;
   p.runs = plan.runs;
   p.pieces_per_cluster = plan.pieces_per_cluster;
-  p.stages = static_cast<int>(layout::ceil_div(args.k, int64_t{tile.stage_k()}));
-  p.stages_per_block = plan.stages_per_block;
-  p.k_shares = plan.cluster / plan.input_shares;
-  p.input_shares = plan.input_shares;
+  p.stages = plan.stages;
+  p.cluster = plan.cluster;
+  if (tile.runs) {
+    p.stage_runs = plan.stage_runs();
+    p.shared_tiles = plan.shared_tiles();
+    p.whole_tiles = plan.whole_tiles;
+    p.partials = operands.partials;
+    p.partial_flags = reinterpret_cast<uint64_t*>(operands.partials +
+                                                  int64_t{plan.blocks} * tile.partial_floats());
+  }
   p.copies_output = args.n % 8 == 0;
   if (p.copies_output) {
     const auto m = static_cast<uint64_t>(args.m), n = static_cast<uint64_t>(args.n);

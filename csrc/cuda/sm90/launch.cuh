@@ -12,8 +12,8 @@ inline constexpr int kColumnMultiple = 64;  // activations are read by boxes of 
 inline Scratch scratch_of(const Gemm& args, const plan::DecodePlan& plan) {
   return {args, kColumnMultiple, plan.partial_bytes()};
 }
-inline Scratch scratch_of(const Gemm& args, const plan::PrefillPlan&) {
-  return {args, kColumnMultiple, 0};
+inline Scratch scratch_of(const Gemm& args, const plan::PrefillPlan& plan) {
+  return {args, kColumnMultiple, plan.partial_bytes()};
 }
 
 // How many clusters of each size run at once on the current device (plan::Device::clusters).

@@ -12,6 +12,7 @@ namespace marlin::cuda::sm90 {
 template <typename Element, typename S>
 struct PrefillConsumer {
   using Format = typename ElementTraits<Element>::Format;
+  using Cursor = PrefillCursor<Element, S>;
   static constexpr int kTokens = S::kTokens, kStages = S::kStages;
 
   const PrefillParams<Element>& p;
@@ -40,10 +41,9 @@ struct PrefillConsumer {
     words_at = base + S::kWeightsAt + warpgroup * S::kRowBlockBytes + thread * 16;
     scales_at = base + S::kScalesAt + (warpgroup * 64 + row_in_piece()) * 2;
     zeros_at = base + S::kZerosAt + warpgroup * 64 + row_in_piece();
-    const ClusterPlace place(p);
     const int lane = thread % 32;
-    if (lane < place.input_shares && lane != place.row_rank()) {
-      peer_empty = ptx::address_in_block(empty, place.with_input(lane));
+    if (lane < p.cluster && lane != static_cast<int>(blockIdx.x) % p.cluster) {
+      peer_empty = ptx::address_in_block(empty, lane);
     }
   }
 
@@ -101,6 +101,7 @@ struct PrefillConsumer {
     constexpr int kSets = S::kSets;
     uint32_t a[4][4];
     RowFactors factors[kSets];
+    asm volatile("" : "+r"(stages));  // or it is computed anew for every stage
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
       ptx::mbarrier_wait(full + 8 * slot, parity);
@@ -157,7 +158,7 @@ struct PrefillConsumer {
   // It stores while the next tile is multiplied: all multiprocessors come to the end of a tile at about the
   // same time, and L2 takes 2 us for what they store then. Threads store rows that are no multiple of 16
   // bytes, and a last tile that begins early.
-  __device__ void store_piece(const TileCursor<Element, S>& tile) {
+  __device__ void store_piece(const Cursor& tile) {
     const int row = (tile.row_block() + warpgroup) * 64;
     char* buffer = shared + S::kOutputAt + warpgroup * kTokens * 128;
     const int lane = thread % 32, warp = thread / 32;
@@ -213,59 +214,64 @@ struct PrefillConsumer {
     }
   }
 
-  // Leaves the sums where the stages were: [token][row].
-  __device__ void leave_sums() {
-    float* at = reinterpret_cast<float*>(shared) + warpgroup * 64 + row_in_piece();
+  // --- tiles that blocks share over memory (S::kRuns) ---------------------------------------------
+
+  // For another block, whose threads at the same place read it. A helper warp raises the flags, so that nobody
+  // here waits until others can see the sums.
+  __device__ void leave_sums(const Cursor& tile) const {
+    float4* to = PrefillPartials<Element, S>{p}.sums(tile.block(), warpgroup) + thread;
 #pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) {
-      const int token = i / 4 * 8 + thread % 4 * 2 + i % 2;
-      at[token * S::kSumStride + i / 2 % 2 * 8] = sums[i];
+    for (int i = 0; i < kTokens / 8; ++i) {
+      to[i * 128] = {sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]};
+    }
+  }
+  __device__ void tell_of_sums() const { ptx::barrier_arrive<S::kSumsLeft, S::kConsumers + 32>(); }
+
+  // Those that others have left, in the order of their numbers.
+  __device__ void add_sums(const Cursor& tile) {
+    if (!tile.gathers()) return;
+    const PrefillPartials<Element, S> partials{p};
+    const int first = tile.first_sender(), end = tile.block();
+    for (int sender = first + thread; sender < end; sender += 128) {
+      await_sums(partials.flag(sender, warpgroup));
+    }
+    ptx::sync_warpgroup(warpgroup);
+#pragma unroll 1
+    for (int sender = first; sender < end; ++sender) {
+      const float4* from = partials.sums(sender, warpgroup) + thread;
+#pragma unroll
+      for (int i = 0; i < kTokens / 8; ++i) {
+        const float4 more = __ldcg(from + i * 128);
+        sums[4 * i] += more.x, sums[4 * i + 1] += more.y;
+        sums[4 * i + 2] += more.z, sums[4 * i + 3] += more.w;
+      }
     }
   }
 
-  // Adds the cluster's sums in the order of rank and stores this block's share of the tokens.
-  __device__ void store_share(const TileCursor<Element, S>& tile) const {
-    constexpr int kChunks = S::kRows / 8;
-    const ClusterPlace place(p);
-    const int share = (kTokens + p.k_shares - 1) / p.k_shares, first = place.k_rank() * share;
-    const int first_token = tile.first_token(), begin = tile.token() - first_token;
-    const int tokens = min(share, min(kTokens, p.m - first_token) - first);
-    for (int i = static_cast<int>(threadIdx.x); i < tokens * kChunks; i += S::kConsumers) {
-      const int token = first + i / kChunks, chunk = i % kChunks;
-      if (token < begin || chunk >= tile.pieces() * 8) continue;
-      const int row = tile.row_block() * 64 + chunk * 8;
-      const uint32_t at = ptx::shared_address(shared) + (token * S::kSumStride + chunk * 8) * 4;
-      float sum[8] = {};
-      for (int i = 0; i < p.k_shares; ++i) ptx::add_from_block(sum, at, place.with_rows(i));
-      uint4 value;
-      uint32_t* pairs = &value.x;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        pairs[j] = round_pair<Element>(sum[2 * j] + bias_of(row + 2 * j),
-                                       sum[2 * j + 1] + bias_of(row + 2 * j + 1));
+  // --------------------------------------------------------------------------------------------------
+
+  __device__ void finish(const Cursor& tile) {
+    if constexpr (S::kRuns) {
+      if (tile.sends()) {
+        leave_sums(tile);
+        return;
       }
-      store_chunk(value, first_token + token, row);
+      add_sums(tile);
     }
+    store_piece(tile);
   }
 
   __device__ void run() {
-    for (TileCursor<Element, S> tile(p); tile.valid(); tile.advance()) {
-      const bool works = warpgroup < tile.pieces();
-      if (works) {
+    for (Cursor tile(p); tile.valid(); tile.advance()) {
+      if (warpgroup < tile.pieces()) {
         multiply(tile.stages());
+        finish(tile);
       } else {
         skip(tile.stages());
       }
-      if (p.k_shares == 1) {
-        if (works) store_piece(tile);
-        continue;
+      if constexpr (S::kRuns) {
+        if (tile.sends()) tell_of_sums();
       }
-      ptx::sync_threads<S::kConsumers>();  // every warpgroup has done with the stages
-      if (works) leave_sums();
-      ptx::cluster_sync();
-      store_share(tile);
-      ptx::fence_before_copies();  // the next tile's stages come to where the sums were
-      ptx::cluster_sync();         // a block's sums are read by the others until here
     }
     wait_until_read();  // shared memory is another block's afterwards
   }

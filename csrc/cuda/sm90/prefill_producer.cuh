@@ -8,11 +8,12 @@
 namespace marlin::cuda::sm90 {
 
 // Three warps, so that none waits for another's copies to be issued: for weights, for activations, and
-// for scales and zero points. What does not change within a tile is computed once: the ring is filled
+// for scales and zero points; a fourth flags sums that its block leaves for
+// others. What does not change within a tile is computed once: the ring is filled
 // no faster than the longest of these loops runs, and with divisions in them that was half the speed.
 template <typename Element, typename S>
 struct PrefillProducer {
-  using Cursor = TileCursor<Element, S>;
+  using Cursor = PrefillCursor<Element, S>;
   static constexpr int kArrivals = 3;  // on the barrier of a full stage
 
   const PrefillParams<Element>& p;
@@ -26,9 +27,8 @@ struct PrefillProducer {
       if (warp == 0) copy_weights(tile);
       if (warp == 1) copy_input(tile);
       if (warp == 2) copy_scales(tile);
-      if (p.k_shares > 1) {  // the sums of a shared tile lie where the stages were
-        ptx::cluster_sync();
-        ptx::cluster_sync();
+      if constexpr (S::kRuns) {
+        if (warp == 3 && tile.sends()) raise_flags(tile);
       }
     }
   }
@@ -75,12 +75,10 @@ struct PrefillProducer {
   //     columns               0 .. 63               64 .. 127
   //     copied by             block 0   block 1     block 0      block 1
   __device__ void copy_input(const Cursor& tile) {
-    const ClusterPlace place = tile.place();
-    const int part = p.input_tokens / place.input_shares * place.row_rank();
+    const int part = p.input_tokens / p.cluster * tile.rank();
     const int bytes = p.input_tokens * S::kTile.stage_k() * 2;
     const int token = tile.first_token() + part;
-    const auto blocks =
-        static_cast<uint16_t>(((1 << place.input_shares) - 1) << place.with_input(0));
+    const auto blocks = static_cast<uint16_t>((1 << p.cluster) - 1);
     constexpr int kBlocks = S::kTile.stage_k() / 64;
     int block = tile.first_stage() * kBlocks;
     const int last = block + tile.stages() * kBlocks;
@@ -89,7 +87,7 @@ struct PrefillProducer {
       ring.fill([&](int slot, uint32_t barrier) {
         const uint32_t to = shared + slot * S::kStageBytes + S::kInputAt;
         ptx::mbarrier_arrive_expect(barrier, bytes);
-        if (p.input_shares == 1) {
+        if (p.cluster == 1) {
           ptx::tensor_copy(to, p.input, 0, token, block, barrier);
         } else {
 #pragma unroll
@@ -100,6 +98,14 @@ struct PrefillProducer {
         }
       });
     }
+  }
+
+  // Once the consumers have left their sums for another block.
+  __device__ void raise_flags(const Cursor& tile) const {
+    ptx::barrier_sync<S::kSumsLeft, S::kConsumers + 32>();
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane < tile.pieces()) flag_sums(PrefillPartials<Element, S>{p}.flag(tile.block(), lane));
+    __syncwarp();
   }
 
   // A group longer than a stage has one row of scales, which is copied for every stage.
