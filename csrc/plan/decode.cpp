@@ -123,6 +123,7 @@ double us_of_many_tokens(const DecodePlan& plan) {
   // Several 2:4 token tiles find weights in L2, but those of 64 rows read the more activations from there.
   const double several = !tile.sparse || plan.token_tiles == 1 ? 1 : tall ? 0.95 : 1.06;
   const double of_tile = columns_of_tile(plan) * per_1024_columns * several;
+  if (tile.runs) return kForCertain * us_of_runs(plan, of_tile);
   const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles,
                 of_pair = ceil_div(tiles, plan.blocks / plan.cluster);
   const double most = static_cast<double>(of_pair) / plan.cluster;
@@ -166,9 +167,8 @@ bool suits(const DecodePlan& plan, const Problem& p) {
   return at_once ? p.m > kOneTile : p.m > kOneTileInTurn && 3 * held < 4 * p.m;
 }
 
-// By so much the model of prefill kernels' time is too low beside that of decode kernels (dense; H200, many calls
-// on end).
-constexpr double kPrefillModel = 1.04;
+// By so much the model of prefill kernels' time is too low beside that of decode kernels (H200, many calls on end).
+constexpr double kPrefillModel = 1.02;
 
 // With many tokens the kernel that the model takes for the fastest; nothing where that is a prefill kernel.
 std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
@@ -184,8 +184,8 @@ std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
     least = us;
     best = plan;
   }
-  const double us_of_prefill = estimated_us(*select_prefill(problem));
-  return best && least < us_of_prefill * (problem.sparse ? 1 : kPrefillModel) ? best : std::nullopt;
+  const double us_of_prefill = kPrefillModel * estimated_us(*select_prefill(problem));
+  return best && least < us_of_prefill ? best : std::nullopt;
 }
 
 }  // namespace

@@ -33,6 +33,10 @@ auto sparse_table() {
 // activations and weights are then in use. From 4 to 16 made no difference beyond the noise; without
 // groups, 8192 tokens at 28672 x 4096 took 10% longer.
 constexpr int kTokenGroup = 8;
+// Of runs, blocks that follow each other are at almost the same columns, and share what the tiles that follow each
+// other have in common: activations, eight times as many bytes a stage as weights. 1024 x 8192, M = 8192: 204 us, in groups
+// of 8 246; 8192 x 8192, M = 3072: 609 and 622.
+constexpr int kTokenGroupOfRuns = 2;
 
 // With so many tokens, pairs of blocks share activations: 720 us instead of 739 at 8192 x 8192, M = 4096
 // (H200), 1332 instead of 1363 at 28672 x 4096, and 1976 instead of 2023 there, 2:4, M = 8192; with fewer, and
@@ -87,7 +91,7 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Pr
     const int64_t each = tiles / plan.blocks;
     plan.whole_tiles =
         static_cast<int>(tiles % plan.blocks == 0 ? each : std::max<int64_t>(each - 1, 0));
-    plan.token_group = kTokenGroup;
+    plan.token_group = kTokenGroupOfRuns;
     return plan;
   }
   // Whole tiles where there are many, or where a cluster gets fewer pieces that way than in runs: 558 us and 469 at
@@ -112,12 +116,12 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Pr
 // 256 tokens is what the tensor cores take; few pieces leave warpgroups idle. Every tile has an end. Blocks that
 // share tiles over memory write sums, and wait for and read those of others.
 double estimated_us(const PrefillPlan& plan) {
-  constexpr double kStart = 3, kSharing = 4.8, kSender = 1.6, kWholeTile = 0.6;
+  constexpr double kStart = 3, kSharing = 4.8, kSender = 1.6, kWholeTile = 0.6, kRunsPace = 1.02;
   const PrefillTile& tile = plan.kernel.tile;
   const auto of_stages = [&](double stages, int64_t pieces) {
     const auto count = static_cast<double>(pieces);
     const double work = count * tile.tokens;
-    const double of_block = tile.sparse         ? std::max(0.18 + 0.00138 * work, 0.5)
+    const double of_block = tile.sparse         ? std::max(0.1 + 0.0015 * work, 0.5)
                             : tile.tokens > 128 ? 0.075 + 0.00106 * work
                                                 : 0.13 + 0.058 * count + 0.00055 * work;
     return stages * tile.stage_blocks * of_block;
@@ -130,8 +134,9 @@ double estimated_us(const PrefillPlan& plan) {
     const double each = static_cast<double>(plan.row_tiles) * plan.token_tiles / plan.blocks;
     if (!plan.stage_runs().share_tiles()) return kStart + each * of_tile(tile.row_blocks);
     const double whole = std::max(each, 1.0), senders = std::max(1 / each, 1.0);
-    return kStart + of_stages(std::ceil(each * plan.stages), tile.row_blocks) + kWholeTile * whole +
-           kSharing + kSender * (senders - 1);
+    const double sharing = kWholeTile * whole + kSharing + kSender * (senders - 1);
+    return kRunsPace *
+           (kStart + of_stages(std::ceil(each * plan.stages), tile.row_blocks) + sharing);
   }
   const int64_t pieces = ceil_div(plan.pieces_per_cluster, plan.cluster);
   const int64_t whole = pieces / tile.row_blocks;

@@ -487,7 +487,7 @@ TEST(Plan, DecodeSharesTilesOverMemoryWhereThatIsFaster) {
     const auto plan = select_decode(problem);
     return plan && plan->kernel.tile.runs;
   };
-  for (const int m : {1, 16, 32, 64}) {
+  for (const int m : {1, 16, 32, 64, 96}) {
     EXPECT_TRUE(runs(m, 5120, 27648)) << m;  // on an H200 8 to 36% faster
     EXPECT_FALSE(runs(m, 5120, 5120)) << m;  // 2 to 19% slower
     EXPECT_FALSE(runs(m, 4096, 4096)) << m;  // 34 to 40% slower
