@@ -117,8 +117,8 @@ double us_of_many_tokens(const DecodePlan& plan) {
   const DecodeTile& tile = plan.kernel.tile;
   const bool tall = tile.row_tiles == 2;
   const double per_1024_columns =
-      tile.sparse ? (tall ? 1.0 + 0.0245 * tile.tokens : 0.28 + 0.0165 * tile.tokens)
-      : tall      ? 1.1 + 0.0345 * tile.tokens + (tile.tokens > 144 ? 0.5 : 0)
+      tile.sparse ? (tall ? 1.0 + 0.0245 * tile.tokens : 0.63 + 0.0128 * tile.tokens)
+      : tall      ? 1.25 + 0.032 * tile.tokens + (tile.tokens > 160 ? 0.5 : 0)
                   : 0.28 + 0.0235 * tile.tokens;
   // Several 2:4 token tiles find weights in L2, but those of 64 rows read the more activations from there.
   const double several = !tile.sparse || plan.token_tiles == 1 ? 1 : tall ? 0.95 : 1.06;
@@ -167,9 +167,6 @@ bool suits(const DecodePlan& plan, const Problem& p) {
   return at_once ? p.m > kOneTile : p.m > kOneTileInTurn && 3 * held < 4 * p.m;
 }
 
-// By so much the model of prefill kernels' time is too low beside that of decode kernels (H200, many calls on end).
-constexpr double kPrefillModel = 1.02;
-
 // With many tokens the kernel that the model takes for the fastest; nothing where that is a prefill kernel.
 std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
   const bool several = takes_several(problem);
@@ -184,8 +181,7 @@ std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
     least = us;
     best = plan;
   }
-  const double us_of_prefill = kPrefillModel * estimated_us(*select_prefill(problem));
-  return best && least < us_of_prefill ? best : std::nullopt;
+  return best && least < estimated_us(*select_prefill(problem)) ? best : std::nullopt;
 }
 
 }  // namespace

@@ -111,12 +111,14 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Pr
   return plan;
 }
 
-// A model of the time in microseconds, fitted on an H200 to the times of decode.cpp's model for many tokens. 64
+// A model of the time in microseconds, fitted on an H200 with decode.cpp's for many tokens. 64
 // columns, or 128 of 2:4 weights, cost a tile something of its own and something for each of its pieces, which with
 // 256 tokens is what the tensor cores take; few pieces leave warpgroups idle. Every tile has an end. Blocks that
-// share tiles over memory write sums, and wait for and read those of others.
+// share tiles over memory write sums, and wait for and read those of others; and they are not all at the same
+// columns, so that activations which L2 does not hold are read from memory more often.
 double estimated_us(const PrefillPlan& plan) {
-  constexpr double kStart = 3, kSharing = 4.8, kSender = 1.6, kWholeTile = 0.6, kRunsPace = 1.02;
+  constexpr double kStart = 3, kSharing = 4.8, kSender = 1.6, kWholeTile = 0.6;
+  constexpr double kPace = 1.02, kPaceFromMemory = 1.04, kHeldByL2 = 40e6;  // bytes
   const PrefillTile& tile = plan.kernel.tile;
   const auto of_stages = [&](double stages, int64_t pieces) {
     const auto count = static_cast<double>(pieces);
@@ -135,7 +137,8 @@ double estimated_us(const PrefillPlan& plan) {
     if (!plan.stage_runs().share_tiles()) return kStart + each * of_tile(tile.row_blocks);
     const double whole = std::max(each, 1.0), senders = std::max(1 / each, 1.0);
     const double sharing = kWholeTile * whole + kSharing + kSender * (senders - 1);
-    return kRunsPace *
+    const double activations = 2.0 * tile.tokens * tile.stage_k() * plan.token_tiles * plan.stages;
+    return (activations > kHeldByL2 ? kPaceFromMemory : kPace) *
            (kStart + of_stages(std::ceil(each * plan.stages), tile.row_blocks) + sharing);
   }
   const int64_t pieces = ceil_div(plan.pieces_per_cluster, plan.cluster);
