@@ -118,7 +118,7 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Pr
 // columns, so that activations which L2 does not hold are read from memory more often.
 double estimated_us(const PrefillPlan& plan) {
   constexpr double kStart = 3, kSharing = 4.8, kSender = 1.6, kWholeTile = 0.6;
-  constexpr double kPace = 1.02, kPaceFromMemory = 1.04, kHeldByL2 = 40e6;  // bytes
+  constexpr double kPace = 1.025, kPaceFromMemory = 1.045, kHeldByL2 = 40e6;  // bytes
   const PrefillTile& tile = plan.kernel.tile;
   const auto of_stages = [&](double stages, int64_t pieces) {
     const auto count = static_cast<double>(pieces);
