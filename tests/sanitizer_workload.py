@@ -40,7 +40,7 @@ def torch_fills(new_memory: bool) -> Iterator[None]:
     """Torch fills scratch and outputs (with NaN) where initcheck cannot tell what was written.
 
     It does not see what the copy engine stores, that is, prefill kernels' outputs; and blocks that
-    share tiles over memory read flags that nobody has cleared (decode_finish.cuh). It then sees no
+    share tiles over memory read flags that nobody has cleared (partials.cuh). It then sees no
     partial sums that nobody left; outputs are compared in any case.
     """
     torch.use_deterministic_algorithms(new_memory)

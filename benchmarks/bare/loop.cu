@@ -150,7 +150,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1) loop_kernel(Params
     slot += kWarpgroups;
     if (slot >= p.stages_of_ring) slot -= p.stages_of_ring, parity ^= 1;
   }
-  ptx::sync_threads<kWarpgroups * 128>();
+  ptx::barrier_sync<1, kWarpgroups * 128>();
   const int64_t end = clock64();
   float total = 0;
   for (const float sum : sums) total += sum;

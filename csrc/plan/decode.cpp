@@ -108,10 +108,9 @@ double us_of_few_tokens(const DecodePlan& plan) {
 
 // Many tokens: every tile has an end, and one that a pair shares an exchange of sums. Where some pairs have a tile
 // less than others, the next kernel's first pairs start there early; so it was where the others shared no tile.
-// Fitted, with the model of prefill kernels, to 13000 times of all kernels at 906 sizes of 80 to 2048 tokens, up to
-// 330 us long, and to pairs of kernels at 320 of up to 4096: of these sizes the kernel that the models take is half a
-// percent slower on the mean than the fastest there is; they are within 7% of all the times on the mean, and within
-// 5 (2:4: 6) of those of kernels that are up to a fifth slower than the fastest.
+// Fitted, with the model of prefill kernels, to times of all kernels at 906 sizes of 80 to 2048 tokens, and of those that
+// may be the fastest at 4932, of 65 to 4096 tokens and more (many sizes more than once): of the latter the kernel that the
+// models take is 0.3% slower on the mean than the fastest there is.
 double us_of_many_tokens(const DecodePlan& plan) {
   constexpr double kStart = 1.2, kPerToken = 0.006, kExchange = 1.1, kHidden = 1.4;
   const DecodeTile& tile = plan.kernel.tile;

@@ -34,8 +34,8 @@ auto sparse_table() {
 // groups, 8192 tokens at 28672 x 4096 took 10% longer.
 constexpr int kTokenGroup = 8;
 // Of runs, blocks that follow each other are at almost the same columns, and share what the tiles that follow each
-// other have in common: activations, eight times as many bytes a stage as weights. 1024 x 8192, M = 8192: 204 us, in groups
-// of 8 246; 8192 x 8192, M = 3072: 609 and 622.
+// other have in common: activations, up to eight times as many bytes a stage as weights. 1024 x 8192, M = 8192: 204 us, in
+// groups of 8 246; 8192 x 8192, M = 3072: 609 and 622 (H200).
 constexpr int kTokenGroupOfRuns = 2;
 
 // With so many tokens, pairs of blocks share activations: 720 us instead of 739 at 8192 x 8192, M = 4096

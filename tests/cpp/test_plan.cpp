@@ -654,7 +654,7 @@ TEST(Plan, BlocksSharePrefillTilesWhereThatPays) {
                                                    {64, 4096, 14336, false, false},
                                                    {256, 8192, 8192, false, false},
                                                    {256, 8192, 8192, true, false},
-                                                   {1024, 1024, 4096, false, false},
+                                                   {2048, 1024, 4096, false, false},
                                                    {4096, 2048, 2048, false, false}}) {
     Problem problem{c.m, c.n, c.k, 128, device_of(90, 132), c.sparse};
     problem.device.wgmma = true;
@@ -703,10 +703,21 @@ TEST(Plan, LargestProblemsDoNotOverflowOnHopper) {
         if (const auto plan = select_decode(problem)) {
           EXPECT_GE(int64_t{plan->row_tiles} * plan->kernel.tile.rows(), n) << what;
           EXPECT_GE(int64_t{plan->stages} * plan->kernel.tile.stage_k(), k) << what;
+          if (plan->kernel.tile.runs) {
+            EXPECT_EQ(plan->runs().begin(plan->blocks),
+                      int64_t{plan->row_tiles} * plan->token_tiles * plan->stages)
+                << what;
+          }
         }
         const PrefillPlan plan = *select_prefill(problem);
-        EXPECT_GT(plan.kernel.tile.runs ? plan.blocks : plan.pieces_per_cluster, 0) << what;
-        EXPECT_GE(plan.partial_bytes(), 0) << what;
+        if (plan.kernel.tile.runs) {
+          EXPECT_GE(plan.shared_tiles(), 0) << what;
+          EXPECT_EQ(plan.stage_runs().begin(plan.blocks),
+                    int64_t{plan.shared_tiles()} * plan.stages)
+              << what;
+        } else {
+          EXPECT_GT(plan.pieces_per_cluster, 0) << what;
+        }
         EXPECT_GT(estimated_us(plan), 0) << what;
       }
     }

@@ -7,10 +7,10 @@
 
 namespace marlin::cuda::sm90 {
 
-// Three warps, so that none waits for another's copies to be issued: for weights, for activations, and
-// for scales and zero points; a fourth flags sums that its block leaves for
-// others. What does not change within a tile is computed once: the ring is filled
-// no faster than the longest of these loops runs, and with divisions in them that was half the speed.
+// Three warps, so that none waits for another's copies to be issued: for weights, for activations, and for scales
+// and zero points; a fourth flags sums that its block leaves for others. What does not change within a tile is
+// computed once: the ring is filled no faster than the longest of these loops runs, and with divisions in them
+// that was half the speed.
 template <typename Element, typename S>
 struct PrefillProducer {
   using Cursor = PrefillCursor<Element, S>;
