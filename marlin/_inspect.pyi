@@ -48,6 +48,6 @@ def force_plan(id: int = -1, *, sms: int = 0, cluster: int = 0) -> None:
     -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as
     many as it has). ``cluster``: how many blocks work together, on Hopper (0: one): pairs that may
     share a tile, or, in prefill kernels, blocks that copy activations together, as far as a tile
-    allows. Raises ``RuntimeError`` for an unknown id, a cluster above 8, or without CUDA kernels. A
+    allows. Raises ``RuntimeError`` for an unknown id, a cluster above 4, or without CUDA kernels. A
     gemm of the other kind of weight (``sparse``) then raises it.
     """

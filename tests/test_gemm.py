@@ -115,7 +115,7 @@ def test_one_hot_inputs_read_out_the_weight(
 
 # The blocks of a cluster: pairs that may share a tile, or, in prefill kernels, blocks that share
 # activations.
-CLUSTERS = {"sm80": (1,), "sm90_decode": (1, 2), "sm90_prefill": (1, 2, 4, 8)}
+CLUSTERS = {"sm80": (1,), "sm90_decode": (1, 2), "sm90_prefill": (1, 2, 4)}
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ ops = torch.ops.marlin
 
 # The blocks of a cluster, by family of kernels: pairs that may share a tile, or blocks that share
 # activations.
-CLUSTERS = {"sm90_decode_24": (1, 2), "sm90_prefill_24": (1, 2, 4, 8)}
+CLUSTERS = {"sm90_decode_24": (1, 2), "sm90_prefill_24": (1, 2, 4)}
 KERNELS = [kernel for kernel in _inspect.plans() if kernel["family"] in CLUSTERS]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 

@@ -57,7 +57,7 @@ def test_plan_for_asks_for_the_gpu() -> None:
 @needs_cuda_build
 @pytest.mark.parametrize(
     "arguments",
-    [{"id": -2}, {"id": 999}, {"sms": -1}, {"cluster": 9}],
+    [{"id": -2}, {"id": 999}, {"sms": -1}, {"cluster": 5}],
     ids=str,
 )
 def test_force_plan_refuses(arguments: dict[str, int]) -> None:

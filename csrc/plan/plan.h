@@ -17,9 +17,10 @@ struct Device {
   bool wgmma = false;    // Hopper, and this build holds code for it
   // How many clusters of so many blocks run at once, one block per multiprocessor, as far as it is
   // known; -1: none. Elsewhere 0, and clusters_of guesses.
-  std::array<int, 9> clusters = {};
+  static constexpr int kLargestCluster = 4;  // the planner takes two
+  using Clusters = std::array<int, kLargestCluster + 1>;
+  Clusters clusters = {};
 
-  static constexpr int kLargestCluster = 8;
   int clusters_of(int size) const;  // 0: the device cannot run such a cluster
 };
 

@@ -500,7 +500,7 @@ TEST(Plan, DecodeSharesTilesOverMemoryWhereThatIsFaster) {
 TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {
   Problem problem{1, 4096, 4096, 128, device_of(90, 132)};
   problem.device.wgmma = true;
-  problem.device.clusters = {0, 132, -1, -1, -1, -1, -1, -1, -1};
+  problem.device.clusters = {0, 132, -1, -1, -1};
   const auto plan = select_decode(problem);
   EXPECT_EQ(plan->cluster, 1);
   EXPECT_EQ(plan->blocks, 132);
@@ -668,7 +668,7 @@ TEST(Plan, PrefillTakesNoClusterThatTheDeviceCannotRun) {
     for (int64_t n : {512, 4096, 8192}) {
       Problem problem{m, n, 8192, 128, device_of(90, 132)};
       problem.device.wgmma = true;
-      problem.device.clusters = {0, 132, -1, -1, 30, -1, -1, -1, -1};
+      problem.device.clusters = {0, 132, -1, -1, 30};
       const auto plan = select_prefill(problem);
       EXPECT_EQ(plan->cluster, 1);
       check_prefill(problem, *plan);

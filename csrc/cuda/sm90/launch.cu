@@ -73,6 +73,14 @@ void describe(LayerParams<Element>& p, const Gemm& args, const Operands<Element>
   p.static_weights = args.static_weights && operands.scales == args.scales;
 }
 
+// For what blocks leave each other: their sums, and then flags (partials.cuh).
+template <typename Params, typename Plan>
+void lend_scratch(Params& p, float* scratch, const Plan& plan) {
+  p.partials = scratch;
+  p.partial_flags = reinterpret_cast<uint64_t*>(scratch + int64_t{plan.blocks} *
+                                                              plan.kernel.tile.partial_floats());
+}
+
 template <typename Params>
 void start(void (*kernel)(Params), const Params& params, int blocks, int threads, int shared_bytes,
            int cluster, cudaStream_t stream) {
@@ -97,8 +105,8 @@ void start(void (*kernel)(Params), const Params& params, int blocks, int threads
 
 // Of blocks that fill a multiprocessor: those of one kernel stand for all. Where two of a kernel's blocks
 // fit, the second place is kept for the next kernel's.
-std::array<int, 9> clusters_at_once() {
-  std::array<int, 9> out{};
+plan::Device::Clusters clusters_at_once() {
+  plan::Device::Clusters out{};
   const plan::PrefillKernel& kernel = plan::prefill_kernels().front();
   const auto function = prefill_instance<__half>(kernel.id, false, 128);
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -137,9 +145,7 @@ void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cud
   p.deal = plan.deal();
   p.stages = plan.stages;
   p.runs = plan.runs();
-  p.partials = operands.partials;
-  p.partial_flags =
-      reinterpret_cast<uint64_t*>(operands.partials + int64_t{plan.blocks} * tile.partial_floats());
+  lend_scratch(p, operands.partials, plan);
   p.early_stages = plan.early_stages;
   p.first_stages = plan.first_stages;
   start(decode_instance<Element>(plan.kernel.id, tile.sparse, plan.period), p, plan.blocks,
@@ -168,9 +174,7 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
     p.stage_runs = plan.stage_runs();
     p.shared_tiles = plan.shared_tiles();
     p.whole_tiles = plan.whole_tiles;
-    p.partials = operands.partials;
-    p.partial_flags = reinterpret_cast<uint64_t*>(operands.partials +
-                                                  int64_t{plan.blocks} * tile.partial_floats());
+    lend_scratch(p, operands.partials, plan);
   }
   p.copies_output = args.n % 8 == 0;
   if (p.copies_output) {

@@ -17,7 +17,7 @@ inline Scratch scratch_of(const Gemm& args, const plan::PrefillPlan& plan) {
 }
 
 // How many clusters of each size run at once on the current device (plan::Device::clusters).
-std::array<int, 9> clusters_at_once();
+plan::Device::Clusters clusters_at_once();
 
 template <typename Element>
 void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cudaStream_t stream);
