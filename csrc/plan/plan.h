@@ -15,12 +15,12 @@ struct Device {
   int sm_count = 0;      // multiprocessors
   int shared_bytes = 0;  // the most shared memory a block may ask for
   bool wgmma = false;    // Hopper, and this build holds code for it
-  // How many clusters of so many blocks run at once, one block per multiprocessor, as far as it is
-  // known; -1: none. Elsewhere 0, and clusters_of guesses.
+
   static constexpr int kLargestCluster = 4;  // the planner takes two
   using Clusters = std::array<int, kLargestCluster + 1>;
+  // How many clusters of so many blocks run at once, one block per multiprocessor, as far as it is
+  // known; -1: none. Elsewhere 0, and clusters_of guesses.
   Clusters clusters = {};
-
   int clusters_of(int size) const;  // 0: the device cannot run such a cluster
 };
 
