@@ -54,6 +54,18 @@ def test_plan_for_asks_for_the_gpu() -> None:
         _inspect.plan_for(1, 64, 64)
 
 
+def test_plan_for_says_what_blocks_share() -> None:
+    """320 tiles for 132 blocks: of 188 all do as many stages, then each does a whole one."""
+    plan = _inspect.plan_for(1024, 10240, 8192, sm=90, sms=132)
+    assert plan["kernel"]["name"] == "sm90_prefill_t256_r128_k64_runs"
+    assert plan["row_tiles"] * plan["token_tiles"] == 320
+    assert (plan["blocks"], plan["shared_tiles"], plan["whole_tiles"]) == (132, 188, 1)
+    assert plan["workspace_bytes"] == 132 * (256 * 128 * 4 + 2 * 8)
+    plan = _inspect.plan_for(8448, 4096, 8192, sm=90, sms=132)  # they go round
+    assert (plan["cluster"], plan["workspace_bytes"]) == (2, 0)
+    assert "shared_tiles" not in plan
+
+
 @needs_cuda_build
 @pytest.mark.parametrize(
     "arguments",

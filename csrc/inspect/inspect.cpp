@@ -124,8 +124,14 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["cluster"] = prefill->cluster;
     out["row_blocks"] = prefill->row_blocks;
     out["token_tiles"] = prefill->token_tiles;
-    out["pieces_per_cluster"] = prefill->pieces_per_cluster;
+    out["row_tiles"] = prefill->row_tiles;
     out["token_group"] = prefill->token_group;
+    if (prefill->kernel.tile.runs) {
+      out["shared_tiles"] = prefill->shared_tiles();
+      out["whole_tiles"] = prefill->whole_tiles;
+    } else {
+      out["pieces_per_cluster"] = prefill->pieces_per_cluster;
+    }
     out["stages_per_tile"] = prefill->stages;
     out["workspace_bytes"] = prefill->partial_bytes();
     out["rounds_weights"] = true;

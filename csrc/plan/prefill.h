@@ -51,6 +51,40 @@ struct PrefillTile {
   static constexpr int kBarrierBytes = 2 * 8 * 16, kAlignment = 1024;
 };
 
+// The order of whole tiles in which those that are done at the same time share weights and activations, which then
+// come from the L2 cache: group by group of token tiles, in a group row tile by row tile.
+//
+//     token tile   0   1   2       3 token tiles, 2 row tiles, groups of two
+//     row tile 0   0   1   4
+//     row tile 1   2   3   5
+// `P`: what has token_group, row_tiles and token_tiles, a plan or what a kernel is told of it.
+template <typename P>
+struct TileOfOrder {
+  const P& p;
+  int number;
+
+  constexpr int group() const { return number / (p.token_group * p.row_tiles); }
+  constexpr int in_group() const { return number % (p.token_group * p.row_tiles); }
+  constexpr int group_size() const {  // in token tiles
+    const int left = p.token_tiles - group() * p.token_group;
+    return p.token_group < left ? p.token_group : left;
+  }
+  constexpr int row_tile() const { return in_group() / group_size(); }
+  constexpr int token_tile() const { return group() * p.token_group + in_group() % group_size(); }
+};
+namespace example {  // the picture above
+struct Order {
+  int token_group, row_tiles, token_tiles;
+};
+inline constexpr Order kOrder{2, 2, 3};
+constexpr bool is_at(int number, int row_tile, int token_tile) {
+  const TileOfOrder<Order> tile{kOrder, number};
+  return tile.row_tile() == row_tile && tile.token_tile() == token_tile;
+}
+static_assert(is_at(0, 0, 0) && is_at(1, 0, 1) && is_at(4, 0, 2));
+static_assert(is_at(2, 1, 0) && is_at(3, 1, 1) && is_at(5, 1, 2));
+}  // namespace example
+
 struct PrefillKernel {
   int id;  // its place in the table
   PrefillTile tile;
@@ -65,10 +99,12 @@ std::span<const PrefillKernel> prefill_kernels(bool sparse = false);
 // them in tiles of up to cluster * tile.row_blocks pieces, shared out among their blocks, which copy
 // their activations together.
 //   token_group == 0: each token tile is cut into `runs` of `pieces_per_cluster`, one a cluster.
-//   token_group > 0:  cluster c does whole tiles c, c + clusters, ... of an order that goes through
-//                     groups of so many token tiles, row tile by row tile, token tile by token tile.
+//   token_group > 0:  cluster c does whole tiles c, c + clusters, ... of the order of TileOfOrder.
 // Or, where kernel.tile.runs: of that order, blocks share the first tiles, equal runs of stages each of one to two
 // tiles, or less where tiles are fewer than blocks; then each does `whole_tiles`, every so-many-th.
+//
+//     tile      0      1      2      3      4    5    6       7 tiles of 4 stages for 3 blocks: 16 stages shared,
+//     block     0000   0011   1112   2222   0    1    2       6, 5 and 5, and then a tile each
 struct PrefillPlan {
   PrefillKernel kernel;
   int period;  // columns between scales: 32, 64, or 128 for all longer groups
@@ -88,6 +124,16 @@ struct PrefillPlan {
     return int64_t{blocks} * (kernel.tile.partial_floats() * 4 + kernel.tile.row_blocks * 8);
   }
 };
+
+namespace example {  // the picture above
+inline constexpr PrefillPlan kSharing = [] {
+  PrefillPlan plan{};
+  plan.row_tiles = 7, plan.token_tiles = 1, plan.stages = 4, plan.blocks = 3, plan.whole_tiles = 1;
+  return plan;
+}();
+static_assert(kSharing.shared_tiles() == 4 && kSharing.stage_runs().begin(1) == 6);
+static_assert(kSharing.stage_runs().begin(2) == 11 && kSharing.stage_runs().begin(3) == 16);
+}  // namespace example
 
 // Nothing where another kernel must run: a device or build without wgmma.
 std::optional<PrefillPlan> select_prefill(const Problem& problem);

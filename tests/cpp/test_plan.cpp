@@ -520,16 +520,13 @@ void check_parts(const PrefillPlan& plan, int pieces) {
   }
 }
 
-// Every tile, once: as pieces of 64 output features by a tile of tokens, in the order of prefill_tiles.cuh.
+// Every tile, once: as pieces of 64 output features by a tile of tokens.
 void check_whole_tiles(const PrefillPlan& plan) {
   std::vector<int> done(static_cast<size_t>(plan.row_blocks) * plan.token_tiles);
   const int rows = plan.kernel.tile.row_blocks * plan.cluster;
   for (int at = 0; at < plan.row_tiles * plan.token_tiles; ++at) {
-    const int of_group = plan.token_group * plan.row_tiles;
-    const int first = at / of_group * plan.token_group;
-    const int size = std::min(plan.token_group, plan.token_tiles - first);
-    const int row_block = at % of_group / size * rows;
-    const int token_tile = first + at % of_group % size;
+    const TileOfOrder<PrefillPlan> whole{plan, at};
+    const int row_block = whole.row_tile() * rows, token_tile = whole.token_tile();
     ASSERT_NO_FATAL_FAILURE(check_parts(plan, std::min(rows, plan.row_blocks - row_block)));
     for (int r = row_block; r < std::min(row_block + rows, plan.row_blocks); ++r) {
       ++done[static_cast<size_t>(token_tile) * plan.row_blocks + r];

@@ -62,22 +62,6 @@ struct PrefillShape {
   static_assert(kOutputAt % 1024 == 0 && kTokens % 8 == 0 && kTokens <= 256);
 };
 
-// Whole tiles in an order in which those that are done at the same time share weights and activations, which then
-// come from the L2 cache: group by group of token tiles, in a group row tile by row tile.
-template <typename Element>
-struct TileOfOrder {
-  const PrefillParams<Element>& p;
-  int number;
-
-  __device__ int group() const { return number / (p.token_group * p.row_tiles); }
-  __device__ int in_group() const { return number % (p.token_group * p.row_tiles); }
-  __device__ int group_size() const {  // in token tiles
-    return min(p.token_group, p.token_tiles - group() * p.token_group);
-  }
-  __device__ int row_tile() const { return in_group() / group_size(); }
-  __device__ int token_tile() const { return group() * p.token_group + in_group() % group_size(); }
-};
-
 // What a tile holds: the last of several begins early enough to be full, and does some tokens that the one
 // before it stores.
 template <typename S>
@@ -109,7 +93,7 @@ struct PrefillTileCursor {
   __device__ void advance() {
     at += p.token_group ? static_cast<int>(gridDim.x) / p.cluster : cluster_pieces();
   }
-  __device__ TileOfOrder<Element> whole() const { return {p, at}; }
+  __device__ plan::TileOfOrder<PrefillParams<Element>> whole() const { return {p, at}; }
   // Of the cluster's tile: the first row block, and how many there are.
   __device__ int cluster_row_block() const {
     if (!p.token_group) return at % p.n_blocks;
@@ -166,7 +150,7 @@ struct PrefillRunCursor {
   __device__ int first_sender() const { return p.stage_runs.first_sender(block(), number); }
 
   __device__ int rank() const { return 0; }
-  __device__ TileOfOrder<Element> whole() const { return {p, number}; }
+  __device__ plan::TileOfOrder<PrefillParams<Element>> whole() const { return {p, number}; }
   __device__ int row_block() const { return whole().row_tile() * S::kRowBlocks; }
   __device__ int pieces() const { return min(S::kRowBlocks, p.n_blocks - row_block()); }
   __device__ int token() const { return whole().token_tile() * S::kTokens; }
@@ -182,6 +166,8 @@ using PrefillCursor =
 template <typename Element, typename S>
 struct PrefillPartials {
   const PrefillParams<Element>& p;
+
+  static_assert(S::kTile.partial_floats() == S::kRowBlocks * (S::kTokens / 8 * 128) * 4);
 
   __device__ float4* sums(int block, int row_block) const {
     return reinterpret_cast<float4*>(p.partials) +
