@@ -1,4 +1,4 @@
-"""Times every kernel and cluster that can do a shape: what the plan tables are derived from."""
+"""Times every kernel that can do a shape: what the plan tables are derived from."""
 
 from __future__ import annotations
 
@@ -10,19 +10,9 @@ import torch
 from benchmarks import gemm, shapes, timing
 from marlin import _inspect
 
-# Blocks of a cluster, by family: pairs that may share a tile, or blocks that share activations.
-CLUSTERS = {
-    "sm80": (1,),
-    "sm90_decode": (1, 2),
-    "sm90_prefill": (1, 2, 4),
-    "sm80_24": (1,),
-    "sm90_decode_24": (1, 2),
-    "sm90_prefill_24": (1, 2, 4),
-}
 
-
-def candidates(m: int, variant: str) -> Iterator[tuple[int, str, int]]:
-    """The (id, name, cluster) of everything that can run ``m`` tokens here."""
+def candidates(m: int, variant: str) -> Iterator[tuple[int, str, bool]]:
+    """The (id, name, shares) of everything that can run ``m`` tokens here."""
     hopper = torch.cuda.get_device_capability() == (9, 0)
     shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
     for kernel in _inspect.plans():
@@ -31,10 +21,8 @@ def candidates(m: int, variant: str) -> Iterator[tuple[int, str, int]]:
         if not hopper and not kernel["family"].startswith("sm80"):
             continue
         if kernel["any_m"] or kernel["tokens"] >= m:
-            for cluster in CLUSTERS[kernel["family"]]:
-                if kernel["runs"] and cluster > 1:
-                    continue  # takes no clusters
-                yield kernel["id"], kernel["name"], cluster
+            for shares in kernel["shares"]:
+                yield kernel["id"], kernel["name"], shares
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,22 +42,23 @@ def run(args: argparse.Namespace) -> int:
         taken = _inspect.plan_for(
             m, n, k, group_size=args.group_size, sm=10 * major + minor, sms=sms, sparse=sparse
         )
-        chosen = taken["kernel"]["id"], taken.get("cluster", 1)
+        chosen = taken["kernel"]["id"], taken.get("shares", False)
         floor = shapes.floor_us(n, k, m, args.group_size, zeros=args.zeros, sparse=sparse)
         calls = gemm.marlin_calls(args.variant, n, k, m, args.group_size, dtype, args.zeros)
         times = []
         try:
-            for id, name, cluster in candidates(m, args.variant):
-                _inspect.force_plan(id, cluster=cluster)
+            for id, name, shares in candidates(m, args.variant):
+                _inspect.force_plan(id, shares=shares)
                 us = timing.measure(calls, sustained=False).us
-                times.append((us, name, cluster, (id, cluster) == chosen))
+                times.append((us, name, shares, (id, shares) == chosen))
         finally:
             _inspect.force_plan()
         del calls
         torch.cuda.empty_cache()
         print(f"{n} x {k}, M = {m}, floor {floor:.2f} us")
-        for rank, (us, name, cluster, is_chosen) in enumerate(sorted(times)):
+        for rank, (us, name, shares, is_chosen) in enumerate(sorted(times)):
             if rank < args.best or is_chosen:
                 mark = "*" if is_chosen else " "
-                print(f"  {mark} {us:9.2f} us  {floor / us:5.2f}  {name}, cluster {cluster}")
+                how = ", shared tiles" if shares else ""
+                print(f"  {mark} {us:9.2f} us  {floor / us:5.2f}  {name}{how}")
     return 0

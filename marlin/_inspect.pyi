@@ -6,8 +6,9 @@ def plans() -> list[dict[str, Any]]:
     """Every compiled GEMM kernel: id, name, tile, threads, shared memory, and why it exists.
 
     ``sparse``: for 2:4 sparse weights, or else for dense ones. ``any_m``: takes more
-    tokens than a tile holds. ``runs``: any of its blocks may share a tile, over global memory; it
-    takes no clusters. ``cuts_tiles``: a pair of its blocks may get half a tile.
+    tokens than a tile holds. ``shares``: what ``force_plan`` takes of it.
+    ``shares_over_memory``: any of its blocks may share a tile, over global memory, and not two in a
+    cluster. ``cuts_tiles``: a pair of its blocks may get half a tile.
     ``rounds_groups``: the group sizes, of 32, 64 and 128 (and all above), whose weights it
     multiplies as ``dequantize`` rounds them; the exact values of others.
     """
@@ -42,12 +43,11 @@ def kernel_attributes(id: int, *, bf16: bool = False) -> dict[str, int]:
     Asks the current CUDA device; raises ``RuntimeError`` without one, or for an unknown id.
     """
 
-def force_plan(id: int = -1, *, sms: int = 0, cluster: int = 0) -> None:
+def force_plan(id: int = -1, *, sms: int = 0, shares: bool = False) -> None:
     """For tests and benchmarks: until called again, every CUDA gemm that can runs kernel ``id``.
 
     -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as
-    many as it has). ``cluster``: how many blocks work together, on Hopper (0: one): pairs that may
-    share a tile, or, in prefill kernels, blocks that copy activations together, as far as a tile
-    allows. Raises ``RuntimeError`` for an unknown id, a cluster above 4, or without CUDA kernels. A
-    gemm of the other kind of weight (``sparse``) then raises it.
+    many as it has). ``shares``: whether blocks share tiles that would not go round, on Hopper; a
+    kernel for that alone always does. Raises ``RuntimeError`` for an unknown id, or without CUDA
+    kernels. A gemm of the other kind of weight (``sparse``) then raises it.
     """

@@ -85,7 +85,7 @@ def multiply_24() -> None:
 
 
 def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
-    """Yields (kernel, partition, M): every Hopper kernel, alone and in clusters.
+    """Yields (kernel, partition, M): every Hopper kernel, with blocks that share tiles or not.
 
     Of its blocks, some do a part of a tile, some one, some many.
     """
@@ -93,9 +93,9 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
         if kernel["family"].startswith("sm80"):
             continue
         few = not kernel["family"].startswith("sm90_prefill")
-        for cluster in (1,) if kernel["runs"] else (1, 2):
+        for shares in kernel["shares"]:
             for sms in (*HOPPER_SMS, *(HALF_TILE_SMS if kernel["cuts_tiles"] else ())):
-                partition = {"sms": sms, "cluster": cluster}
+                partition = {"sms": sms, "shares": shares}
                 ms = [1, max(kernel["tokens"] - 1, 1)] if few else [33, 300]
                 if few and kernel["any_m"] and columns_of(kernel, partition) == HOPPER_K:
                     ms.append(2 * kernel["tokens"] - 1)
@@ -105,8 +105,8 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
 
 def columns_of(kernel: dict[str, Any], partition: dict[str, int]) -> int:
     """K of a case."""
-    decodes = kernel["family"].startswith("sm90_decode")
-    return SHORT_K if RACECHECK and decodes and partition["cluster"] == 2 else HOPPER_K
+    in_pairs = partition["shares"] and not kernel["shares_over_memory"]
+    return SHORT_K if RACECHECK and in_pairs else HOPPER_K
 
 
 def multiply_on_hopper(part: int = 0, parts: int = 1) -> None:
@@ -129,7 +129,7 @@ def multiply_on_hopper(part: int = 0, parts: int = 1) -> None:
             x = make_input(m, k, dtype=dtype, device="cuda")
             w, dense = weights[kernel["sparse"], k]
             rounded = reference.kernel_rounds(kernel, group_size)
-            with torch_fills(kernel["runs"] or kernel["family"].startswith("sm90_prefill")):
+            with torch_fills(kernel["shares_over_memory"]):
                 y = w.gemm(x)
             reference.assert_close(y, x, dense, w.bias, rounded=rounded)
     _inspect.force_plan()

@@ -113,18 +113,13 @@ def test_one_hot_inputs_read_out_the_weight(
             assert torch.equal(weight.gemm(x[rows]), expected[rows])
 
 
-# The blocks of a cluster: pairs that may share a tile, or, in prefill kernels, blocks that share
-# activations.
-CLUSTERS = {"sm80": (1,), "sm90_decode": (1, 2), "sm90_prefill": (1, 2, 4)}
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sms", [0, 5], ids=["all-sms", "5-sms"])
 def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
-    """Also those that the planner keeps for other GPUs; with long runs of work per block, and in
-    clusters that divide nothing evenly."""
+    """Also those that the planner keeps for other GPUs; with long runs of work per block, and with
+    blocks that share tiles, or do not."""
     from marlin import _inspect
 
     weight = make_weight(
@@ -141,10 +136,8 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
                 continue
             if family != "sm80" and torch.cuda.get_device_capability() != (9, 0):
                 continue
-            for cluster in CLUSTERS[family]:
-                if kernel["runs"] and cluster > 1:
-                    continue  # it takes none
-                _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
+            for shares in kernel["shares"]:
+                _inspect.force_plan(kernel["id"], sms=sms, shares=shares)
                 for x in inputs:
                     if kernel["any_m"] or x.shape[0] <= kernel["tokens"]:
                         rounded = reference.kernel_rounds(kernel, weight.group_size)
@@ -175,7 +168,7 @@ def test_tiles_cut_in_halves(dtype: torch.dtype) -> None:
             wanted = (x.double() @ weight.dense64().T).to(dtype)
             results = []
             for kernel in kernels:
-                _inspect.force_plan(kernel["id"], sms=2 * pairs, cluster=2)
+                _inspect.force_plan(kernel["id"], sms=2 * pairs, shares=True)
                 for m in (1, kernel["tokens"] - 1, kernel["tokens"]):
                     for static_weights in (False, True, True):  # that may start early
                         y = weight.gemm(x[:m], static_weights=static_weights)
@@ -201,11 +194,11 @@ def test_tiles_shared_over_memory(sparse: bool, sms: int) -> None:
     weight = make(5056, 2048, 128, dtype=torch.float16, device="cuda")
     dense = weight.dense64()
     streams = [torch.cuda.Stream() for _ in range(4)]
-    kernels = [k for k in _inspect.plans() if k["runs"] and k["sparse"] is sparse]
+    kernels = [k for k in _inspect.plans() if k["shares_over_memory"] and k["sparse"] is sparse]
     assert kernels
     try:
         for kernel in kernels:
-            _inspect.force_plan(kernel["id"], sms=sms)
+            _inspect.force_plan(kernel["id"], sms=sms, shares=True)
             ms = [max(kernel["tokens"] - 1, 1)]  # less than a tile a block
             if kernel["any_m"]:
                 ms.append(8 * kernel["tokens"] + 5)  # more
@@ -250,8 +243,8 @@ def test_one_hot_inputs_through_every_kernel(dtype: torch.dtype) -> None:
             if kernel["family"] != "sm80" and torch.cuda.get_device_capability() != (9, 0):
                 continue
             few = kernel["family"] == "sm90_decode"
-            for cluster in (1, 2) if few and not kernel["runs"] else (1,):
-                _inspect.force_plan(kernel["id"], cluster=cluster)
+            for shares in kernel["shares"]:
+                _inspect.force_plan(kernel["id"], shares=shares)
                 for m in {min(kernel["tokens"], k), kernel["tokens"] if few else k}:
                     for first in range(0, k, m):
                         rows = slice(first, first + m)

@@ -17,10 +17,8 @@ from marlin import _inspect
 
 ops = torch.ops.marlin
 
-# The blocks of a cluster, by family of kernels: pairs that may share a tile, or blocks that share
-# activations.
-CLUSTERS = {"sm90_decode_24": (1, 2), "sm90_prefill_24": (1, 2, 4)}
-KERNELS = [kernel for kernel in _inspect.plans() if kernel["family"] in CLUSTERS]
+FAMILIES = ("sm90_decode_24", "sm90_prefill_24")
+KERNELS = [kernel for kernel in _inspect.plans() if kernel["family"] in FAMILIES]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 pytestmark = [
@@ -34,11 +32,9 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 def partitions(kernel: dict[str, Any]) -> Iterator[None]:
     """Forces the kernel, with each partition of its work in turn."""
-    for cluster in CLUSTERS[kernel["family"]]:
-        if kernel["runs"] and cluster > 1:
-            continue  # it takes none
+    for shares in kernel["shares"]:
         for sms in (0, 3):
-            _inspect.force_plan(kernel["id"], sms=sms, cluster=cluster)
+            _inspect.force_plan(kernel["id"], sms=sms, shares=shares)
             yield
 
 
@@ -218,10 +214,10 @@ def test_what_lies_in_shared_memory_does_not_matter(
         for n, k in ((77, 4), (77, 100), (300, 132), (300, 700)):
             w = weight_of(n, k, 128, dtype, integers=True)
             x = integers(kernel["tokens"], k, dtype)
-            for cluster in (1, 2):
+            for shares in kernel["shares"]:
                 _inspect.force_plan()
                 dense.gemm(before)
-                _inspect.force_plan(kernel["id"], cluster=cluster)
+                _inspect.force_plan(kernel["id"], shares=shares)
                 assert torch.equal(w.gemm(x), w.gemm64(x).to(dtype)), (pattern, n, k)
 
 

@@ -57,19 +57,18 @@ def test_plan_for_asks_for_the_gpu() -> None:
 def test_plan_for_says_what_blocks_share() -> None:
     """320 tiles for 132 blocks: of 188 all do as many stages, then each does a whole one."""
     plan = _inspect.plan_for(1024, 10240, 8192, sm=90, sms=132)
-    assert plan["kernel"]["name"] == "sm90_prefill_t256_r128_k64_runs"
+    assert plan["kernel"]["name"] == "sm90_prefill_t256_r128_k64"
     assert plan["row_tiles"] * plan["token_tiles"] == 320
-    assert (plan["blocks"], plan["shared_tiles"], plan["whole_tiles"]) == (132, 188, 1)
+    assert (plan["blocks"], plan["shared_tiles"], plan["shares"]) == (132, 188, True)
     assert plan["workspace_bytes"] == 132 * (256 * 128 * 4 + 2 * 8)
     plan = _inspect.plan_for(8448, 4096, 8192, sm=90, sms=132)  # they go round
-    assert (plan["cluster"], plan["workspace_bytes"]) == (2, 0)
-    assert "shared_tiles" not in plan
+    assert (plan["shared_tiles"], plan["shares"], plan["workspace_bytes"]) == (0, False, 0)
 
 
 @needs_cuda_build
 @pytest.mark.parametrize(
     "arguments",
-    [{"id": -2}, {"id": 999}, {"sms": -1}, {"cluster": 5}],
+    [{"id": -2}, {"id": 999}, {"sms": -1}],
     ids=str,
 )
 def test_force_plan_refuses(arguments: dict[str, int]) -> None:
@@ -102,12 +101,11 @@ def test_plan_for_keeps_the_kinds_of_weights_apart(m: int, sm: int, sms: int) ->
 
 
 def test_sanitizers_reach_every_hopper_kernel() -> None:
-    """Alone and in clusters, on all multiprocessors and on few; sm80 is forced one by one."""
+    """Sharing tiles or not, on all multiprocessors and on few; sm80 is forced one by one."""
     reached = {(kernel["name"], *partition.values()) for kernel, partition, _ in hopper_cases()}
     for plan in _inspect.plans():
         if not plan["family"].startswith("sm80"):
-            clusters = (1,) if plan["runs"] else (1, 2)
-            expected = {(plan["name"], sms, cluster) for cluster in clusters for sms in HOPPER_SMS}
+            expected = {(plan["name"], sms, s) for s in plan["shares"] for sms in HOPPER_SMS}
             assert expected <= reached
 
 

@@ -53,7 +53,9 @@ plan::Device current_device() {
   return devices[index];
 }
 
-std::atomic<int> forced_kernel = -1, forced_sm_count = 0, forced_cluster = 0;  // see force_plan
+// See force_plan.
+std::atomic<int> forced_kernel = -1, forced_sm_count = 0;
+std::atomic<bool> forced_shares = false;
 
 // The kernel of a number: one of these, or none where it is -1.
 struct NumberedKernel {
@@ -98,10 +100,11 @@ decltype(auto) with_plan(const Gemm& args, F&& run) {
   if (forced.sm80) return run(plan::plan_with(*forced.sm80, problem));
 #ifdef MARLIN_WITH_SM90
   if (problem.device.wgmma) {
-    const int cluster = std::max<int>(forced_cluster, 1);
-    if (forced.prefill) return run(plan::prefill_plan_with(*forced.prefill, cluster, problem));
+    if (forced.prefill) {
+      return run(plan::prefill_plan_with(*forced.prefill, forced_shares, problem));
+    }
     if (forced.decode && forced.decode->tile.holds(args.m)) {
-      return run(plan::decode_plan_with(*forced.decode, std::min(cluster, 2), problem));
+      return run(plan::decode_plan_with(*forced.decode, forced_shares ? 2 : 1, problem));
     }
     if (const auto chosen = plan::select_decode(problem)) return run(*chosen);
     if (const auto chosen = plan::select_prefill(problem)) return run(*chosen);
@@ -117,7 +120,7 @@ int64_t gemm_workspace_bytes(const Gemm& args) {
   return with_plan(args, [&](const auto& plan) { return scratch_of(args, plan).bytes(); });
 }
 
-void force_plan(int id, int sm_count, int cluster) {
+void force_plan(int id, int sm_count, bool shares) {
   const auto check_range = [](const char* name, int value, int least, int most) {
     if (value >= least && value <= most) return;
     throw std::runtime_error("marlin: force_plan: " + std::string(name) + ": got " +
@@ -126,10 +129,9 @@ void force_plan(int id, int sm_count, int cluster) {
   };
   check_range("id", id, -1, plan::kernel_count() - 1);
   check_range("sms", sm_count, 0, std::numeric_limits<int>::max());
-  check_range("cluster", cluster, 0, plan::Device::kLargestCluster);
   forced_kernel = id;
   forced_sm_count = sm_count;
-  forced_cluster = cluster;
+  forced_shares = shares;
 }
 
 void gemm(const Gemm& args, void* workspace, void* stream) {

@@ -15,11 +15,14 @@ namespace py = pybind11;
 namespace marlin::inspect {
 namespace {
 
+// How blocks of a kernel share tiles: not, in pairs or not, over memory or not, or always over memory.
+enum class Shares { kNot, kInPairs, kOverMemory, kAlwaysOverMemory };
+
 // `any_m`: more tokens than a tile holds make several tiles. `rounds`: whether weights that have scales every
 // so many columns are rounded to the activations' type.
 template <typename Kernel, typename Rounds>
 py::dict describe(const Kernel& kernel, const char* family, int stages, int shared_bytes,
-                  bool any_m, bool runs, Rounds&& rounds) {
+                  bool any_m, Shares shares, Rounds&& rounds) {
   py::dict out;
   out["id"] = plan::number_of(kernel);
   out["name"] = kernel.name();
@@ -32,7 +35,11 @@ py::dict describe(const Kernel& kernel, const char* family, int stages, int shar
   out["shared_bytes"] = shared_bytes;
   out["sparse"] = kernel.tile.sparse;
   out["any_m"] = any_m;
-  out["runs"] = runs;
+  py::list values;  // that force_plan takes
+  if (shares != Shares::kAlwaysOverMemory) values.append(false);
+  if (shares != Shares::kNot) values.append(true);
+  out["shares"] = values;
+  out["shares_over_memory"] = shares == Shares::kOverMemory || shares == Shares::kAlwaysOverMemory;
   out["cuts_tiles"] = false;
   py::list rounded;
   for (const int period : {32, 64, 128}) {
@@ -45,13 +52,14 @@ py::dict describe(const Kernel& kernel, const char* family, int stages, int shar
 
 py::dict describe(const plan::Kernel& kernel) {
   return describe(kernel, kernel.family, kernel.tile.stages, kernel.tile.shared_bytes(), true,
-                  false, [](int) { return false; });
+                  Shares::kNot, [](int) { return false; });
 }
 
 py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 columns
   const plan::DecodeTile& tile = kernel.tile;
   py::dict out = describe(kernel, tile.sparse ? "sm90_decode_24" : "sm90_decode", tile.stages(128),
-                          tile.shared_bytes(128), tile.many_tokens(), tile.runs,
+                          tile.shared_bytes(128), tile.many_tokens(),
+                          tile.runs ? Shares::kAlwaysOverMemory : Shares::kInPairs,
                           [&](int period) { return tile.scales_weights(period); });
   out["cuts_tiles"] = tile.cuts_tiles();
   return out;
@@ -60,7 +68,7 @@ py::dict describe(const plan::DecodeKernel& kernel) {  // with scales every 128 
 py::dict describe(const plan::PrefillKernel& kernel) {
   const plan::PrefillTile& tile = kernel.tile;
   return describe(kernel, tile.sparse ? "sm90_prefill_24" : "sm90_prefill", tile.stages(),
-                  tile.shared_bytes(), true, tile.runs, [](int) { return true; });
+                  tile.shared_bytes(), true, Shares::kOverMemory, [](int) { return true; });
 }
 
 py::list plans() {
@@ -109,6 +117,7 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
     out["kernel"] = describe(decode->kernel);
     out["blocks"] = decode->blocks;
     out["cluster"] = decode->cluster;
+    out["shares"] = decode->cluster > 1 || decode->kernel.tile.runs;
     out["early_stages"] = decode->early_stages;
     out["first_stages"] = decode->first_stages;
     out["row_tiles"] = decode->row_tiles;
@@ -121,17 +130,11 @@ py::dict plan_for(int64_t m, int64_t n, int64_t k, int64_t group_size, bool bf16
   if (const auto prefill = plan::select_prefill(problem)) {
     out["kernel"] = describe(prefill->kernel);
     out["blocks"] = prefill->blocks;
-    out["cluster"] = prefill->cluster;
-    out["row_blocks"] = prefill->row_blocks;
     out["token_tiles"] = prefill->token_tiles;
     out["row_tiles"] = prefill->row_tiles;
     out["token_group"] = prefill->token_group;
-    if (prefill->kernel.tile.runs) {
-      out["shared_tiles"] = prefill->shared_tiles();
-      out["whole_tiles"] = prefill->whole_tiles;
-    } else {
-      out["pieces_per_cluster"] = prefill->pieces_per_cluster;
-    }
+    out["shares"] = prefill->shared_tiles > 0;
+    out["shared_tiles"] = prefill->shared_tiles;
     out["stages_per_tile"] = prefill->stages;
     out["workspace_bytes"] = prefill->partial_bytes();
     out["rounds_weights"] = true;
@@ -181,11 +184,11 @@ void throw_if(int failed, const char* error) {
   if (failed) throw std::runtime_error(error);
 }
 
-void force_plan(int id, int sms, int cluster) {
+void force_plan(int id, int sms, bool shares) {
   char error[512] = "";
   const auto force =
       op_library_function<int (*)(int, int, int, char*, size_t)>("marlin_force_plan");
-  throw_if(force(id, sms, cluster, error, sizeof error), error);
+  throw_if(force(id, sms, shares, error, sizeof error), error);
 }
 
 py::dict kernel_attributes(int id, bool bf16) {
@@ -217,9 +220,11 @@ PYBIND11_MODULE(_inspect, m) {
         py::arg("sm"), py::arg("sms"),
         "The kernel and the partition chosen for a problem on a device.");
   m.def("build_info", &build_info, "Versions and settings of this build.");
-  m.def("force_plan", &force_plan, py::arg("id") = -1, py::kw_only(), py::arg("sms") = 0,
-        py::arg("cluster") = 0,
-        "For tests and benchmarks: makes every gemm run one kernel that can, or one partition.");
+  m.def(
+      "force_plan", &force_plan, py::arg("id") = -1, py::kw_only(), py::arg("sms") = 0,
+      py::arg("shares") = false,
+      "For tests and benchmarks: makes every gemm run one kernel that can, with blocks that share "
+      "tiles or not.");
   m.def("kernel_attributes", &kernel_attributes, py::arg("id"), py::kw_only(),
         py::arg("bf16") = false, "Registers, shared memory and occupancy on the current device.");
 }

@@ -19,9 +19,9 @@ MARLIN_EXPORT int marlin_kernel_attributes(int id, int bf16, marlin::cuda::Kerne
   return 1;
 }
 
-MARLIN_EXPORT int marlin_force_plan(int id, int sm_count, int cluster, char* error,
+MARLIN_EXPORT int marlin_force_plan(int id, int sm_count, int shares, char* error,
                                     size_t error_size) try {
-  marlin::cuda::force_plan(id, sm_count, cluster);
+  marlin::cuda::force_plan(id, sm_count, shares != 0);
   return 0;
 } catch (const std::exception& e) {
   std::snprintf(error, error_size, "%s", e.what());

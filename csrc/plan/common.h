@@ -1,6 +1,8 @@
 // What the planners share: host C++, not for users of the plans.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -15,6 +17,14 @@ inline int scale_period(const Problem& problem) {
   return problem.group_size < 128 && problem.group_size < problem.k
              ? static_cast<int>(problem.group_size)
              : 128;
+}
+
+// Products of many multiplications take longer each: the card's power limit holds its clock back. Fitted to an H200,
+// where from 4 to 64 G multiplications it grows to an eighth.
+inline double slower_by_power(const Problem& problem) {
+  const double work = static_cast<double>(problem.m) * static_cast<double>(problem.n) *
+                      static_cast<double>(problem.k);
+  return 1 + 0.13 * std::clamp((std::log2(work) - 31.9) / 4, 0.0, 1.0);
 }
 
 // A table with every kernel's place in it, for one kind of weight.

@@ -108,28 +108,27 @@ double us_of_few_tokens(const DecodePlan& plan) {
 
 // Many tokens: every tile has an end, and one that a pair shares an exchange of sums. Where some pairs have a tile
 // less than others, the next kernel's first pairs start there early; so it was where the others shared no tile.
-// Fitted, with the model of prefill kernels, to times of all kernels at 906 sizes of 80 to 2048 tokens, and of those that
-// may be the fastest at 4932, of 65 to 4096 tokens and more (many sizes more than once): of the latter the kernel that the
-// models take is 0.3% slower on the mean than the fastest there is.
-double us_of_many_tokens(const DecodePlan& plan) {
+// Fitted, with the model of prefill kernels, to times of those kernels that may be the fastest at 4639 sizes of 65 to 8192
+// tokens: the kernel that the models take is 0.6% slower on the mean than the fastest there is.
+double us_of_many_tokens(const DecodePlan& plan, const Problem& problem) {
   constexpr double kStart = 1.2, kPerToken = 0.006, kExchange = 1.1, kHidden = 1.4;
   const DecodeTile& tile = plan.kernel.tile;
   const bool tall = tile.row_tiles == 2;
   const double per_1024_columns =
       tile.sparse ? (tall ? 1.0 + 0.0245 * tile.tokens : 0.63 + 0.0128 * tile.tokens)
-      : tall      ? 1.25 + 0.032 * tile.tokens + (tile.tokens > 160 ? 0.5 : 0)
+      : tall      ? 1.25 + 0.032 * tile.tokens + (tile.tokens > 144 ? 0.3 : 0)
                   : 0.28 + 0.0235 * tile.tokens;
   // Several 2:4 token tiles find weights in L2, but those of 64 rows read the more activations from there.
   const double several = !tile.sparse || plan.token_tiles == 1 ? 1 : tall ? 0.95 : 1.06;
   const double of_tile = columns_of_tile(plan) * per_1024_columns * several;
-  if (tile.runs) return kForCertain * us_of_runs(plan, of_tile);
   const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles,
                 of_pair = ceil_div(tiles, plan.blocks / plan.cluster);
   const double most = static_cast<double>(of_pair) / plan.cluster;
   const double mean = static_cast<double>(tiles) / plan.blocks;
   const double us = kStart + kPerToken * tile.tokens + most * (of_tile + (tall ? 2.4 : 1.3));
-  if (of_pair % plan.cluster != 0) return us + kExchange;
-  return us - std::min(kHidden, (most - mean) * of_tile);
+  const double exchange =
+      of_pair % plan.cluster != 0 ? kExchange : -std::min(kHidden, (most - mean) * of_tile);
+  return (us + exchange) * slower_by_power(problem) * (tile.sparse ? 0.97 : tall ? 1.05 : 1.02);
 }
 
 // The first kernel of the table for few tokens that suits.
@@ -175,12 +174,12 @@ std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
     if (!kernel.tile.many_tokens() || (!several && problem.m > kernel.tile.tokens)) continue;
     const DecodePlan plan = decode_plan_with(kernel, 2, problem);
     if (!suits(plan, problem)) continue;
-    const double us = us_of_many_tokens(plan);
+    const double us = us_of_many_tokens(plan, problem);
     if (best && us >= least) continue;
     least = us;
     best = plan;
   }
-  return best && least < estimated_us(*select_prefill(problem)) ? best : std::nullopt;
+  return best && least < estimated_us(*select_prefill(problem), problem) ? best : std::nullopt;
 }
 
 }  // namespace

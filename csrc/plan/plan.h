@@ -16,7 +16,7 @@ struct Device {
   int shared_bytes = 0;  // the most shared memory a block may ask for
   bool wgmma = false;    // Hopper, and this build holds code for it
 
-  static constexpr int kLargestCluster = 4;  // the planner takes two
+  static constexpr int kLargestCluster = 2;
   using Clusters = std::array<int, kLargestCluster + 1>;
   // How many clusters of so many blocks run at once, one block per multiprocessor, as far as it is
   // known; -1: none. Elsewhere 0, and clusters_of guesses.

@@ -14,7 +14,6 @@ namespace marlin::plan {
 struct PrefillTile {
   int tokens, row_blocks, stage_blocks;
   bool sparse = false;  // 2:4: a block of 64 x 64 stored weights covers 128 columns
-  bool runs = false;    // blocks share tiles over global memory (StageRun)
 
   static constexpr int kLeastPeriod = 32;  // the least columns between scales
 
@@ -38,7 +37,9 @@ struct PrefillTile {
   // After the stages: the finished outputs [rows / 64][tokens][64], on their way to global memory, and
   // the barriers.
   constexpr int output_bytes() const { return tokens * rows() * 2; }
-  constexpr int partial_floats() const { return tokens * rows(); }  // that a block with runs leaves
+  constexpr int partial_floats() const {
+    return tokens * rows();
+  }  // that a block leaves of a shared tile
   constexpr int stages() const {
     const int room = kSharedBytes - output_bytes() - kBarrierBytes - kAlignment;
     return room / stage_bytes();
@@ -88,6 +89,7 @@ static_assert(is_at(2, 1, 0) && is_at(3, 1, 1) && is_at(5, 1, 2));
 struct PrefillKernel {
   int id;  // its place in the table
   PrefillTile tile;
+  double us_of_stage;  // on an H200, for the model of time
   const char* reason;
   std::string name() const;
 };
@@ -95,32 +97,25 @@ struct PrefillKernel {
 // For dense weights, or for sparse ones.
 std::span<const PrefillKernel> prefill_kernels(bool sparse = false);
 
-// The work is row_blocks * token_tiles pieces of 64 output features by one tile of tokens. Clusters do
-// them in tiles of up to cluster * tile.row_blocks pieces, shared out among their blocks, which copy
-// their activations together.
-//   token_group == 0: each token tile is cut into `runs` of `pieces_per_cluster`, one a cluster.
-//   token_group > 0:  cluster c does whole tiles c, c + clusters, ... of the order of TileOfOrder.
-// Or, where kernel.tile.runs: of that order, blocks share the first tiles, equal runs of stages each of one to two
-// tiles, or less where tiles are fewer than blocks; then each does `whole_tiles`, every so-many-th.
+// The tiles, in the order of TileOfOrder. Where they go round, each block does every so-many-th, whole. Elsewhere
+// blocks share the first tiles, equal runs of stages each of one to two tiles, or less where tiles are fewer than
+// blocks; and then do as many whole ones as the others.
 //
 //     tile      0      1      2      3      4    5    6       7 tiles of 4 stages for 3 blocks: 16 stages shared,
 //     block     0000   0011   1112   2222   0    1    2       6, 5 and 5, and then a tile each
 struct PrefillPlan {
   PrefillKernel kernel;
   int period;  // columns between scales: 32, 64, or 128 for all longer groups
-  int row_blocks, row_tiles, token_tiles;
-  int stages;                    // of a tile
-  int cluster;                   // blocks that share activations
-  int runs, pieces_per_cluster;  // the latter with token_group > 0 too, for the model of time only
-  int token_group;
-  int whole_tiles;  // of each block, after its run
+  int row_tiles, token_tiles, token_group;
+  int stages;  // of a tile
   int blocks;
+  int shared_tiles;
 
-  constexpr int shared_tiles() const { return row_tiles * token_tiles - whole_tiles * blocks; }
-  constexpr StageRuns stage_runs() const { return StageRuns::of(blocks, shared_tiles(), stages); }
-  // Where blocks share tiles over memory: the sums that each leaves, and a flag for each row block.
+  constexpr int tiles() const { return row_tiles * token_tiles; }
+  constexpr StageRuns stage_runs() const { return StageRuns::of(blocks, shared_tiles, stages); }
+  // Where blocks share tiles: the sums that each leaves, and a flag for each row block.
   constexpr int64_t partial_bytes() const {
-    if (!kernel.tile.runs || !stage_runs().share_tiles()) return 0;
+    if (!stage_runs().share_tiles()) return 0;
     return int64_t{blocks} * (kernel.tile.partial_floats() * 4 + kernel.tile.row_blocks * 8);
   }
 };
@@ -128,20 +123,20 @@ struct PrefillPlan {
 namespace example {  // the picture above
 inline constexpr PrefillPlan kSharing = [] {
   PrefillPlan plan{};
-  plan.row_tiles = 7, plan.token_tiles = 1, plan.stages = 4, plan.blocks = 3, plan.whole_tiles = 1;
+  plan.row_tiles = 7, plan.token_tiles = 1, plan.stages = 4, plan.blocks = 3, plan.shared_tiles = 4;
   return plan;
 }();
-static_assert(kSharing.shared_tiles() == 4 && kSharing.stage_runs().begin(1) == 6);
+static_assert(kSharing.tiles() == 7 && kSharing.stage_runs().begin(1) == 6);
 static_assert(kSharing.stage_runs().begin(2) == 11 && kSharing.stage_runs().begin(3) == 16);
 }  // namespace example
 
 // Nothing where another kernel must run: a device or build without wgmma.
 std::optional<PrefillPlan> select_prefill(const Problem& problem);
 
-// With fewer blocks a cluster than asked for where some would have nothing to do, and one with runs.
-PrefillPlan prefill_plan_with(const PrefillKernel& kernel, int cluster, const Problem& problem);
+// `shares`: whether blocks share tiles where these do not go round.
+PrefillPlan prefill_plan_with(const PrefillKernel& kernel, bool shares, const Problem& problem);
 
 // A model of a plan's time, to compare plans of one problem: microseconds, fitted to an H200.
-double estimated_us(const PrefillPlan& plan);
+double estimated_us(const PrefillPlan& plan, const Problem& problem);
 
 }  // namespace marlin::plan

@@ -58,7 +58,7 @@ int shared_bytes_of(int sm) {
 // A cluster lies within one GPC, whose multiprocessors it need not divide. For an H200
 // cudaOccupancyMaxActiveClusters gives the numbers below.
 int Device::clusters_of(int size) const {
-  constexpr int kH200[] = {0, 132, 66, 39, 30};
+  constexpr int kH200[] = {0, 132, 66};
   if (size == 1) return sm_count;
   if (clusters[size]) return std::max(clusters[size], 0);
   if (sm_count == 132) return kH200[size];

@@ -65,18 +65,6 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const CUtensorMap& 
       : "memory");
 }
 
-// The same into several blocks of the cluster: those whose bits are set in `blocks`, at the address that
-// `shared` is in each, and counted on the barrier that `barrier` is in each.
-__device__ __forceinline__ void tensor_copy_to_blocks(uint32_t shared, const CUtensorMap& map,
-                                                      int x, int y, int z, uint32_t barrier,
-                                                      uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared),
-      "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier), "h"(blocks)
-      : "memory");
-}
-
 // Copies a box of shared memory into a tensor; what lies outside the tensor is dropped. The threads that wrote
 // the box call fence_before_copies() first. It may be written again once copies_have_read() has returned in
 // the thread that asked for the copy.
@@ -145,11 +133,6 @@ __device__ __forceinline__ uint64_t load_acquire(const uint64_t* from) {
 }
 
 // --- clusters -----------------------------------------------------------------------------------
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-}
 
 // Two halves of a barrier of the cluster, which orders no memory but barriers that were initialised and
 // fenced before it (mbarrier_init_fence). Only where the kernel was launched in clusters: elsewhere ptxas

@@ -63,14 +63,12 @@ __device__ __forceinline__ void wgmma_sparse_m64k32(float (&d)[kTokens / 2], con
 #define MARLIN_NAMES_64 MARLIN_NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define MARLIN_NAMES_72 MARLIN_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define MARLIN_NAMES_80 MARLIN_NAMES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
-#define MARLIN_NAMES_96                      \
-  MARLIN_NAMES_80                            \
-  ", %80, %81, %82, %83, %84, %85, %86, %87" \
-  ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define MARLIN_NAMES_88 MARLIN_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define MARLIN_NAMES_96 MARLIN_NAMES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define MARLIN_NAMES_104 MARLIN_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define MARLIN_NAMES_112 MARLIN_NAMES_104 ", %104, %105, %106, %107, %108, %109, %110, %111"
 #define MARLIN_NAMES_128                             \
-  MARLIN_NAMES_96                                    \
-  ", %96, %97, %98, %99, %100, %101, %102, %103"     \
-  ", %104, %105, %106, %107, %108, %109, %110, %111" \
+  MARLIN_NAMES_112                                   \
   ", %112, %113, %114, %115, %116, %117, %118, %119" \
   ", %120, %121, %122, %123, %124, %125, %126, %127"
 
@@ -126,7 +124,10 @@ MARLIN_WGMMA(112, MARLIN_NAMES_56, "{%56, %57, %58, %59}, %60", "%61", "%62", MA
 MARLIN_WGMMA(128, MARLIN_NAMES_64, "{%64, %65, %66, %67}, %68", "%69", "%70", MARLIN_D32(0), MARLIN_D32(32))
 MARLIN_WGMMA(144, MARLIN_NAMES_72, "{%72, %73, %74, %75}, %76", "%77", "%78", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D8(64))
 MARLIN_WGMMA(160, MARLIN_NAMES_80, "{%80, %81, %82, %83}, %84", "%85", "%86", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D16(64))
+MARLIN_WGMMA(176, MARLIN_NAMES_88, "{%88, %89, %90, %91}, %92", "%93", "%94", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D16(64), MARLIN_D8(80))
 MARLIN_WGMMA(192, MARLIN_NAMES_96, "{%96, %97, %98, %99}, %100", "%101", "%102", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64))
+MARLIN_WGMMA(208, MARLIN_NAMES_104, "{%104, %105, %106, %107}, %108", "%109", "%110", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64), MARLIN_D8(96))
+MARLIN_WGMMA(224, MARLIN_NAMES_112, "{%112, %113, %114, %115}, %116", "%117", "%118", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64), MARLIN_D16(96))
 MARLIN_WGMMA(256, MARLIN_NAMES_128, "{%128, %129, %130, %131}, %132", "%133", "%134", MARLIN_D32(0), MARLIN_D32(32), MARLIN_D32(64), MARLIN_D32(96))
 // clang-format on
 
@@ -135,7 +136,10 @@ MARLIN_WGMMA(256, MARLIN_NAMES_128, "{%128, %129, %130, %131}, %132", "%133", "%
 #undef MARLIN_WGMMA_SPARSE
 #undef MARLIN_WGMMA_DENSE
 #undef MARLIN_NAMES_128
+#undef MARLIN_NAMES_112
+#undef MARLIN_NAMES_104
 #undef MARLIN_NAMES_96
+#undef MARLIN_NAMES_88
 #undef MARLIN_NAMES_80
 #undef MARLIN_NAMES_72
 #undef MARLIN_NAMES_64

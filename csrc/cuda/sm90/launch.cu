@@ -17,12 +17,11 @@ template <typename Element>
 constexpr MapType kMapType =
     std::is_same_v<Element, __half> ? MapType::kFloat16 : MapType::kBFloat16;
 
-// What one copy of activations brings, and how many make up the tokens of a stage. Never many tokens that
+// What one copy of activations brings. Never many tokens that
 // do not exist, which a tensor copy would fill with zeros: that is slow. (8192 x 8192 on an H200 with tiles
 // of 128 tokens, of which the second had 64: 94 us; with both full, 61.)
 struct InputBox {
   int tokens, blocks;  // of 64 columns
-  int shares = 1;
 };
 
 // Tokens in whole swizzle patterns of 8: a tile's, or fewer where there are not as many.
@@ -57,7 +56,7 @@ void describe(LayerParams<Element>& p, const Gemm& args, const Operands<Element>
     p.zeros = tensor_map(MapType::kUint8, operands.zeros, {{n, groups}}, {{scale_stride}},
                          scale_box, false);
   }
-  p.input_tokens = box.tokens * box.shares;
+  p.input_tokens = box.tokens;
   p.qweight = args.qweight;
   p.meta = args.meta;
   p.bias = static_cast<const Element*>(args.bias);
@@ -158,24 +157,16 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
   const plan::PrefillTile& tile = plan.kernel.tile;
   PrefillParams<Element> p{};
   p.period_log2 = std::countr_zero(static_cast<unsigned>(plan.period));
-  const InputBox box{
-      whole_patterns(tile.tokens / plan.cluster, layout::ceil_div(args.m, int64_t{plan.cluster})),
-      plan.cluster > 1 ? 1 : tile.stage_k() / 64, plan.cluster};
+  const InputBox box{whole_patterns(tile.tokens, args.m), tile.stage_k() / 64};
   describe(p, args, operands, box, tile.rows(), tile.stage_k(), plan.period);
   p.groups_per_block = plan.period == 64 && !p.one_group ? 1 : 0;
   p.row_tiles = plan.row_tiles;
   p.token_tiles = plan.token_tiles;
   p.token_group = plan.token_group;
-  p.runs = plan.runs;
-  p.pieces_per_cluster = plan.pieces_per_cluster;
   p.stages = plan.stages;
-  p.cluster = plan.cluster;
-  if (tile.runs) {
-    p.stage_runs = plan.stage_runs();
-    p.shared_tiles = plan.shared_tiles();
-    p.whole_tiles = plan.whole_tiles;
-    lend_scratch(p, operands.partials, plan);
-  }
+  p.stage_runs = plan.stage_runs();
+  p.shared_tiles = plan.shared_tiles;
+  lend_scratch(p, operands.partials, plan);
   p.copies_output = args.n % 8 == 0;
   if (p.copies_output) {
     const auto m = static_cast<uint64_t>(args.m), n = static_cast<uint64_t>(args.n);
@@ -183,7 +174,7 @@ void launch(const Gemm& args, const plan::PrefillPlan& plan, void* workspace, cu
                               {{64, static_cast<uint32_t>(tile.tokens)}}, true);
   }
   start(prefill_instance<Element>(plan.kernel.id, tile.sparse, plan.period), p, plan.blocks,
-        tile.threads(), tile.shared_bytes(), plan.cluster, stream);
+        tile.threads(), tile.shared_bytes(), 1, stream);
 }
 
 template void launch<__half>(const Gemm&, const plan::DecodePlan&, void*, cudaStream_t);

@@ -7,11 +7,8 @@
 // stages by bulk copies: weights as they lie, activations, scales and zero points; and, where weights
 // are 2:4 sparse (S::kSparse), their metadata.
 //
-// Blocks of a cluster may have neighbouring rows and the same tokens: then each copies a part of the
-// activations into all of them (multicast), and a stage is free when it is free in all.
-//
-// Where tiles do not go round, kernels for that (S::kRuns) give every block as many stages as the others
-// (plan::StageRun): the block with a tile's last stages adds the fp32 sums that the others have left in memory.
+// Where tiles do not go round, the first of them are given out in equal runs of stages (plan::StageRun): the block
+// with a tile's last stages adds the fp32 sums that the others have left in memory.
 //
 // Programmatic dependent launch as in decode.cuh, but that consumers wait for earlier kernels, too.
 #pragma once
@@ -31,13 +28,12 @@ __global__ void __launch_bounds__(S::kTile.threads(), 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       ptx::mbarrier_init(full + 8 * i, PrefillProducer<Element, S>::kArrivals);
-      ptx::mbarrier_init(empty + 8 * i, S::kConsumers + (p.cluster - 1) * S::kConsumers / 32);
+      ptx::mbarrier_init(empty + 8 * i, S::kConsumers);
     }
     ptx::mbarrier_init_fence();
   }
   if (p.static_weights) ptx::let_next_kernel_start();
   __syncthreads();
-  if (p.cluster > 1) ptx::cluster_sync();  // the others' barriers are ready
   if (threadIdx.x >= S::kConsumers) {
     ptx::give_registers<S::kProducerRegisters>();
     const int warp =
@@ -49,7 +45,6 @@ __global__ void __launch_bounds__(S::kTile.threads(), 1)
     if (!p.static_weights) ptx::let_next_kernel_start();
     PrefillConsumer<Element, S>(p, shared, full, empty).run();
   }
-  if (p.cluster > 1) ptx::cluster_sync();  // until here, others copy to and arrive at this block
 #endif
 }
 

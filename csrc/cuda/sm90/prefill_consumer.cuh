@@ -23,7 +23,6 @@ struct PrefillConsumer {
   // of shared memory, since arithmetic on pointers would be done anew for every stage.
   uint64_t descriptor;
   uint32_t words_at, scales_at, zeros_at;
-  uint32_t peer_empty = 0;  // `empty` of the block that this thread tells of a free stage, if any
   int slot = 0, parity = 0;
   float sums[kTokens / 2];
 
@@ -41,10 +40,6 @@ struct PrefillConsumer {
     words_at = base + S::kWeightsAt + warpgroup * S::kRowBlockBytes + thread * 16;
     scales_at = base + S::kScalesAt + (warpgroup * 64 + row_in_piece()) * 2;
     zeros_at = base + S::kZerosAt + warpgroup * 64 + row_in_piece();
-    const int lane = thread % 32;
-    if (lane < p.cluster && lane != static_cast<int>(blockIdx.x) % p.cluster) {
-      peer_empty = ptx::address_in_block(empty, lane);
-    }
   }
 
   // This thread's, in the first stage.
@@ -60,9 +55,7 @@ struct PrefillConsumer {
   }
 
   __device__ void give_back_previous() const {
-    const int at = 8 * (slot == 0 ? kStages - 1 : slot - 1);
-    ptx::mbarrier_arrive(empty + at);
-    if (peer_empty) ptx::mbarrier_arrive_in_block(peer_empty + at);
+    ptx::mbarrier_arrive(empty + 8 * (slot == 0 ? kStages - 1 : slot - 1));
   }
 
   // A tile's stages, where this warpgroup has no piece of it.
@@ -214,7 +207,7 @@ struct PrefillConsumer {
     }
   }
 
-  // --- tiles that blocks share over memory (S::kRuns) ---------------------------------------------
+  // --- tiles that blocks share over memory --------------------------------------------------------
 
   // For another block, whose threads at the same place read it. A helper warp raises the flags, so that nobody
   // here waits until others can see the sums.
@@ -251,14 +244,12 @@ struct PrefillConsumer {
   // --------------------------------------------------------------------------------------------------
 
   __device__ void finish(const Cursor& tile) {
-    if constexpr (S::kRuns) {
-      if (tile.sends()) {
-        leave_sums(tile);
-        return;
-      }
+    if (tile.sends()) {
+      leave_sums(tile);
+    } else {
       add_sums(tile);
+      store_piece(tile);
     }
-    store_piece(tile);
   }
 
   __device__ void run() {
@@ -269,9 +260,7 @@ struct PrefillConsumer {
       } else {
         skip(tile.stages());
       }
-      if constexpr (S::kRuns) {
-        if (tile.sends()) tell_of_sums();
-      }
+      if (tile.sends()) tell_of_sums();
     }
     wait_until_read();  // shared memory is another block's afterwards
   }

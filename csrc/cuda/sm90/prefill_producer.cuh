@@ -27,9 +27,7 @@ struct PrefillProducer {
       if (warp == 0) copy_weights(tile);
       if (warp == 1) copy_input(tile);
       if (warp == 2) copy_scales(tile);
-      if constexpr (S::kRuns) {
-        if (warp == 3 && tile.sends()) raise_flags(tile);
-      }
+      if (warp == 3 && tile.sends()) raise_flags(tile);
     }
   }
 
@@ -68,34 +66,17 @@ struct PrefillProducer {
     }
   }
 
-  // Blocks that share activations copy an equal part of the tokens each, into all of them, 64 columns at a
-  // time: the other parts lie between these and the next. In every block of two, of 2:4 weights:
-  //
-  //     row of 128 bytes      0 .. 63   64 .. 127   128 .. 191   192 .. 255     128 tokens
-  //     columns               0 .. 63               64 .. 127
-  //     copied by             block 0   block 1     block 0      block 1
   __device__ void copy_input(const Cursor& tile) {
-    const int part = p.input_tokens / p.cluster * tile.rank();
-    const int bytes = p.input_tokens * S::kTile.stage_k() * 2;
-    const int token = tile.first_token() + part;
-    const auto blocks = static_cast<uint16_t>((1 << p.cluster) - 1);
+    const int bytes = p.input_tokens * S::kTile.stage_k() * 2, token = tile.first_token();
     constexpr int kBlocks = S::kTile.stage_k() / 64;
     int block = tile.first_stage() * kBlocks;
     const int last = block + tile.stages() * kBlocks;
 #pragma unroll 1
     for (; block < last; block += kBlocks) {
       ring.fill([&](int slot, uint32_t barrier) {
-        const uint32_t to = shared + slot * S::kStageBytes + S::kInputAt;
         ptx::mbarrier_arrive_expect(barrier, bytes);
-        if (p.cluster == 1) {
-          ptx::tensor_copy(to, p.input, 0, token, block, barrier);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kBlocks; ++i) {
-            ptx::tensor_copy_to_blocks(to + (i * p.input_tokens + part) * 128, p.input, 0, token,
-                                       block + i, barrier, blocks);
-          }
-        }
+        ptx::tensor_copy(shared + slot * S::kStageBytes + S::kInputAt, p.input, 0, token, block,
+                         barrier);
       });
     }
   }
