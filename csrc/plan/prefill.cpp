@@ -37,10 +37,10 @@ constexpr int kTokenGroupOfRuns = 2;
 
 // Whether a kernel is worth a look: none of as many rows leaves less room in as few tiles.
 bool suits(const PrefillKernel& kernel, const Problem& problem) {
-  const auto tiles = [&](const PrefillTile& tile) { return ceil_div(problem.m, tile.tokens); };
+  const int64_t tiles = ceil_div(problem.m, kernel.tile.tokens);
   return std::ranges::none_of(prefill_kernels(problem.sparse), [&](const PrefillKernel& other) {
     return other.tile.row_blocks == kernel.tile.row_blocks &&
-           other.tile.tokens < kernel.tile.tokens && tiles(other.tile) == tiles(kernel.tile);
+           other.tile.tokens < kernel.tile.tokens && other.tile.tokens * tiles >= problem.m;
   });
 }
 
