@@ -128,7 +128,11 @@ double us_of_many_tokens(const DecodePlan& plan, const Problem& problem) {
   const double us = kStart + kPerToken * tile.tokens + most * (of_tile + (tall ? 2.4 : 1.3));
   const double exchange =
       of_pair % plan.cluster != 0 ? kExchange : -std::min(kHidden, (most - mean) * of_tile);
-  return (us + exchange) * slower_by_power(problem) * (tile.sparse ? 0.97 : tall ? 1.05 : 1.02);
+  const double pace = (tile.sparse ? 0.97
+                       : tall      ? 1.05
+                                   : 1.02) *
+                      (plan.token_tiles == 1 ? 0.97 : 1);
+  return (us + exchange) * slower_by_power(problem) * pace;
 }
 
 // The first kernel of the table for few tokens that suits.
