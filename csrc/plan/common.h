@@ -19,12 +19,12 @@ inline int scale_period(const Problem& problem) {
              : 128;
 }
 
-// Products of many multiplications take longer each: the card's power limit holds its clock back. Fitted to an H200,
-// where from 4 to 64 G multiplications it grows to an eighth.
-inline double slower_by_power(const Problem& problem) {
+// How far the card's power limit holds its clock back: 0, or up to 1 as products go from 4 to 64 G multiplications. Fitted
+// to an H200.
+inline double power_limit(const Problem& problem) {
   const double work = static_cast<double>(problem.m) * static_cast<double>(problem.n) *
                       static_cast<double>(problem.k);
-  return 1 + 0.13 * std::clamp((std::log2(work) - 31.9) / 4, 0.0, 1.0);
+  return std::clamp((std::log2(work) - 31.9) / 4, 0.0, 1.0);
 }
 
 // A table with every kernel's place in it, for one kind of weight.

@@ -77,28 +77,21 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, bool shares, const Pr
   return plan;
 }
 
-// A stage takes what its table line says, and every tile has an end. Blocks that share tiles write sums, and wait for and
-// read those of others, of whom there are several where tiles are fewer than blocks; and they are not all at the same
-// columns, so that activations which L2 does not hold are read from memory more often. Fitted with decode.cpp's model for
-// many tokens.
+// A stage takes what its table line says, where blocks share tiles; less where they do not, and are at the same columns
+// at the same time. Every tile has an end. Blocks that share tiles write sums, and wait for and read those of others, of
+// whom there are several where tiles are fewer than blocks. Fitted with decode.cpp's model for many tokens.
 double estimated_us(const PrefillPlan& plan, const Problem& problem) {
-  constexpr double kStart = 1.9, kWholePace = 0.96, kEnd = 0.8, kEndOfSums = 1.1;
-  constexpr double kSharing = 0.5, kSums = 4, kMoreSums = 1.6, kTile = 0.75;
-  constexpr double kPaceFromMemory = 1.02, kHeldByL2 = 40e6;  // bytes
-  const PrefillTile& tile = plan.kernel.tile;
-  const double of_stage = plan.kernel.us_of_stage * slower_by_power(problem);
-  const double sums = tile.partial_floats() / 32768.0;
+  const double us_of_stage = plan.kernel.us_of_stage, limit = power_limit(problem);
+  const double sums = plan.kernel.tile.partial_floats() / 32768.0;
   const double each = static_cast<double>(plan.tiles()) / plan.blocks;
   if (plan.shared_tiles == 0) {
-    const double of_tile = plan.stages * of_stage + kEnd + kEndOfSums * sums;
-    return kWholePace * (kStart + std::ceil(each) * of_tile);
+    const double of_tile = plan.stages * us_of_stage * 0.885 * (1 + 0.24 * limit) + 1 + 0.3 * sums;
+    return 2.4 + std::ceil(each) * of_tile;
   }
   const double more_senders = std::max(1 / each - 1, 0.0);
-  const double sharing =
-      kSharing + (kSums + kMoreSums * more_senders) * sums + kTile * std::max(each, 1.0);
-  const double activations = 2.0 * tile.tokens * tile.stage_k() * plan.token_tiles * plan.stages;
-  return (activations > kHeldByL2 ? kPaceFromMemory : 1) *
-         (kStart + std::ceil(each * plan.stages) * of_stage + sharing);
+  const double sharing = 0.5 + (4 + 1.6 * more_senders) * sums + 0.75 * std::max(each, 1.0);
+  const double stages = std::ceil(each * plan.stages);
+  return 1.9 + stages * us_of_stage * (1 + 0.13 * limit) + sharing;
 }
 
 std::optional<PrefillPlan> select_prefill(const Problem& problem) {
