@@ -12,7 +12,10 @@ from marlin import _inspect
 
 
 def candidates(m: int, variant: str) -> Iterator[tuple[int, str, bool]]:
-    """The (id, name, shares) of everything that can run ``m`` tokens here."""
+    """The (id, name, shares) of everything that can run ``m`` tokens here.
+
+    Where tiles go round, a kernel does the same whether blocks were to share them or not.
+    """
     hopper = torch.cuda.get_device_capability() == (9, 0)
     shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
     for kernel in _inspect.plans():

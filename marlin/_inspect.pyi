@@ -47,7 +47,7 @@ def force_plan(id: int = -1, *, sms: int = 0, shares: bool = False) -> None:
     """For tests and benchmarks: until called again, every CUDA gemm that can runs kernel ``id``.
 
     -1: whatever the planner chooses. ``sms``: as if the device had that many multiprocessors (0: as
-    many as it has). ``shares``: whether blocks share tiles that would not go round, on Hopper; a
-    kernel for that alone always does. Raises ``RuntimeError`` for an unknown id, or without CUDA
-    kernels. A gemm of the other kind of weight (``sparse``) then raises it.
+    many as it has). ``shares``: whether blocks share tiles that would not go round; only asked of
+    the kernels whose ``plans()`` entry lists both. Raises ``RuntimeError`` for an unknown id, or
+    without CUDA kernels. A gemm of the other kind of weight (``sparse``) then raises it.
     """

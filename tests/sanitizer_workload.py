@@ -31,7 +31,8 @@ SHORT_K = 72
 RACECHECK = os.environ.get("SANITIZER") == "racecheck"
 # Of 13 blocks of rows, two pairs of blocks do several tiles, share one, and half a one; of six, one
 # shares a tile and half a one, and no more; of three, one shares half a one, and all do one each.
-HOPPER_SMS = (0, 5)
+# With prefill kernels and tiles of three of them, five tiles or more, blocks share only on seven.
+HOPPER_SMS = (0, 5, 7)
 HALF_TILE_SMS = (6, 12)
 
 
@@ -96,7 +97,7 @@ def hopper_cases() -> Iterator[tuple[dict[str, Any], dict[str, int], int]]:
         for shares in kernel["shares"]:
             for sms in (*HOPPER_SMS, *(HALF_TILE_SMS if kernel["cuts_tiles"] else ())):
                 partition = {"sms": sms, "shares": shares}
-                ms = [1, max(kernel["tokens"] - 1, 1)] if few else [33, 300]
+                ms = [1, max(kernel["tokens"] - 1, 1)] if few else [33, 300, 450]
                 if few and kernel["any_m"] and columns_of(kernel, partition) == HOPPER_K:
                     ms.append(2 * kernel["tokens"] - 1)
                 for m in ms:

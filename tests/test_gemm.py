@@ -116,7 +116,7 @@ def test_one_hot_inputs_read_out_the_weight(
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sms", [0, 5], ids=["all-sms", "5-sms"])
+@pytest.mark.parametrize("sms", [0, 5, 7], ids=["all-sms", "5-sms", "7-sms"])
 def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
     """Also those that the planner keeps for other GPUs; with long runs of work per block, and with
     blocks that share tiles, or do not."""
@@ -127,7 +127,7 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
         zeros=options, perm=options, bias=options,
     )  # fmt: skip  # rows that make an odd number of tiles, of 64 and of 128, and half a tile
     dense = weight.dense64()
-    ms = (1, 6, 11, 30, 61, 97, 150, 257, 1000)  # of small layers many tiles of tokens
+    ms = (1, 6, 11, 30, 61, 97, 150, 257, 450, 1000)  # of small layers many tiles of tokens
     inputs = [make_input(m, 5000, dtype=dtype, device="cuda") for m in ms]
     try:
         for kernel in _inspect.plans():
@@ -201,7 +201,7 @@ def test_tiles_shared_over_memory(sparse: bool, sms: int) -> None:
             _inspect.force_plan(kernel["id"], sms=sms, shares=True)
             ms = [max(kernel["tokens"] - 1, 1)]  # less than a tile a block
             if kernel["any_m"]:
-                ms.append(8 * kernel["tokens"] + 5)  # more
+                ms.append(12 * kernel["tokens"] + 5)  # more
             for m in ms:
                 x = make_input(m, 2048, dtype=torch.float16, device="cuda")
                 expected = weight.gemm(x)

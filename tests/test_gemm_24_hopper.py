@@ -1,4 +1,4 @@
-"""The Hopper kernels of gemm_24, one by one: each alone and in clusters of blocks, on
+"""The Hopper kernels of gemm_24, one by one: with blocks that share tiles or not, on
 all multiprocessors and on three, where blocks do many tiles."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 def partitions(kernel: dict[str, Any]) -> Iterator[None]:
     """Forces the kernel, with each partition of its work in turn."""
     for shares in kernel["shares"]:
-        for sms in (0, 3):
+        for sms in (0, 3, 5):
             _inspect.force_plan(kernel["id"], sms=sms, shares=shares)
             yield
 

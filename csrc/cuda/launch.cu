@@ -1,5 +1,4 @@
 // From a GEMM's arguments to kernel launches: which family of kernels, and its plan.
-#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <mutex>
@@ -46,7 +45,7 @@ plan::Device current_device() {
     device.sm = major * 10 + minor;
 #ifdef MARLIN_WITH_SM90
     device.wgmma = device.sm == 90;
-    if (device.wgmma) device.clusters = sm90::clusters_at_once();
+    if (device.wgmma) device.pairs = sm90::pairs_at_once();
 #endif
     devices[index] = device;  // only now, since any of the questions may throw
   }
@@ -88,7 +87,7 @@ decltype(auto) with_plan(const Gemm& args, F&& run) {
   plan::Problem problem{args.m, args.n, args.k, args.group_size, current_device(), sparse};
   if (const int sm_count = forced_sm_count) {
     problem.device.sm_count = sm_count;
-    problem.device.clusters = {};
+    problem.device.pairs = 0;
   }
   const int number = forced_kernel;
   const NumberedKernel forced(number);

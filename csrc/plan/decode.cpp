@@ -106,33 +106,38 @@ double us_of_few_tokens(const DecodePlan& plan) {
   return kStart + most * (of_tile + (tall ? 0.9 : 0));
 }
 
+// 1024 columns of a tile.
+double us_of_1024_columns(const DecodeTile& tile, int token_tiles) {
+  const bool tall = tile.row_tiles == 2;
+  if (!tile.sparse) {
+    if (!tall) return 0.28 + 0.0235 * tile.tokens;
+    return 1.25 + 0.032 * tile.tokens + (tile.tokens > 144 ? 0.3 : 0);
+  }
+  // Several 2:4 token tiles find weights in L2, but those of 64 rows read the more activations from there.
+  if (!tall) return (0.63 + 0.0128 * tile.tokens) * (token_tiles == 1 ? 1 : 1.06);
+  return (1.0 + 0.0245 * tile.tokens) * (token_tiles == 1 ? 1 : 0.95);
+}
+
 // Many tokens: every tile has an end, and one that a pair shares an exchange of sums. Where some pairs have a tile
-// less than others, the next kernel's first pairs start there early; so it was where the others shared no tile.
-// Fitted, with the model of prefill kernels, to times of those kernels that may be the fastest at 4639 sizes of 65 to 8192
-// tokens: the kernel that the models take is 0.5% slower on the mean than the fastest there is.
-double us_of_many_tokens(const DecodePlan& plan, const Problem& problem) {
+// less than others, the next kernel's first pairs start there early; so it was where the others shared no tile. One
+// token tile was faster than that. Fitted, with the model of prefill kernels, to times of those kernels that may be
+// the fastest at 4639 sizes of 65 to 8192 tokens: the kernel that the models take is 0.5% slower on the mean than
+// the fastest there is.
+double us_of_many_tokens(const DecodePlan& plan, double limit) {
   constexpr double kStart = 1.2, kPerToken = 0.006, kExchange = 1.1, kHidden = 1.4;
+  constexpr double kOneTokenTile = 0.97, kSparse = 0.97, kTall = 1.05, kDense = 1.02;
   const DecodeTile& tile = plan.kernel.tile;
   const bool tall = tile.row_tiles == 2;
-  const double per_1024_columns =
-      tile.sparse ? (tall ? 1.0 + 0.0245 * tile.tokens : 0.63 + 0.0128 * tile.tokens)
-      : tall      ? 1.25 + 0.032 * tile.tokens + (tile.tokens > 144 ? 0.3 : 0)
-                  : 0.28 + 0.0235 * tile.tokens;
-  // Several 2:4 token tiles find weights in L2, but those of 64 rows read the more activations from there.
-  const double several = !tile.sparse || plan.token_tiles == 1 ? 1 : tall ? 0.95 : 1.06;
-  const double of_tile = columns_of_tile(plan) * per_1024_columns * several;
+  const double of_tile = columns_of_tile(plan) * us_of_1024_columns(tile, plan.token_tiles);
   const int64_t tiles = int64_t{plan.row_tiles} * plan.token_tiles,
                 of_pair = ceil_div(tiles, plan.blocks / plan.cluster);
   const double most = static_cast<double>(of_pair) / plan.cluster;
   const double mean = static_cast<double>(tiles) / plan.blocks;
-  const double us = kStart + kPerToken * tile.tokens + most * (of_tile + (tall ? 2.4 : 1.3));
-  const double exchange =
-      of_pair % plan.cluster != 0 ? kExchange : -std::min(kHidden, (most - mean) * of_tile);
-  const double pace = (tile.sparse ? 0.97
-                       : tall      ? 1.05
-                                   : 1.02) *
-                      (plan.token_tiles == 1 ? 0.97 : 1);
-  return (us + exchange) * (1 + 0.13 * power_limit(problem)) * pace;
+  const bool share_a_tile = of_pair % plan.cluster != 0;
+  const double us = kStart + kPerToken * tile.tokens + most * (of_tile + (tall ? 2.4 : 1.3)) +
+                    (share_a_tile ? kExchange : -std::min(kHidden, (most - mean) * of_tile));
+  const double of_kind = tile.sparse ? kSparse : tall ? kTall : kDense;
+  return us * (1 + kPowerLimit * limit) * of_kind * (plan.token_tiles == 1 ? kOneTokenTile : 1);
 }
 
 // The first kernel of the table for few tokens that suits.
@@ -172,18 +177,20 @@ bool suits(const DecodePlan& plan, const Problem& p) {
 // With many tokens the kernel that the model takes for the fastest; nothing where that is a prefill kernel.
 std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
   const bool several = takes_several(problem);
+  const double limit = power_limit(problem);
   std::optional<DecodePlan> best;
   double least = 0;
   for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
-    if (!kernel.tile.many_tokens() || (!several && problem.m > kernel.tile.tokens)) continue;
+    const bool in_pairs = kernel.tile.many_tokens() && !kernel.tile.runs;
+    if (!in_pairs || (!several && problem.m > kernel.tile.tokens)) continue;
     const DecodePlan plan = decode_plan_with(kernel, 2, problem);
     if (!suits(plan, problem)) continue;
-    const double us = us_of_many_tokens(plan, problem);
+    const double us = us_of_many_tokens(plan, limit);
     if (best && us >= least) continue;
     least = us;
     best = plan;
   }
-  return best && least < estimated_us(*select_prefill(problem), problem) ? best : std::nullopt;
+  return best && least < estimated_us(*select_prefill(problem), limit) ? best : std::nullopt;
 }
 
 }  // namespace
@@ -208,10 +215,11 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
   plan.row_tiles = static_cast<int>(ceil_div(problem.n, kernel.tile.rows()));
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   plan.stages = static_cast<int>(ceil_div(problem.k, kernel.tile.stage_k()));
-  plan.cluster = !kernel.tile.runs && problem.device.clusters_of(cluster) > 0 ? cluster : 1;
+  const int pairs = kernel.tile.runs || cluster < 2 ? 0 : problem.device.pairs_at_once();
+  plan.cluster = pairs > 0 ? 2 : 1;
   // Every multiprocessor gets a block, even where there are fewer tiles: with room for two blocks on
   // each, the next kernel's blocks then find exactly one place on every multiprocessor.
-  plan.blocks = problem.device.clusters_of(plan.cluster) * plan.cluster;
+  plan.blocks = pairs > 0 ? 2 * pairs : problem.device.sm_count;
   plan.early_stages = early_stages(plan);
   plan.first_stages = first_stages(plan);
   return plan;

@@ -1,7 +1,6 @@
 // The choice of a kernel and of the partition of its work: pure host code, no CUDA, no torch.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -16,12 +15,10 @@ struct Device {
   int shared_bytes = 0;  // the most shared memory a block may ask for
   bool wgmma = false;    // Hopper, and this build holds code for it
 
-  static constexpr int kLargestCluster = 2;
-  using Clusters = std::array<int, kLargestCluster + 1>;
-  // How many clusters of so many blocks run at once, one block per multiprocessor, as far as it is
-  // known; -1: none. Elsewhere 0, and clusters_of guesses.
-  Clusters clusters = {};
-  int clusters_of(int size) const;  // 0: the device cannot run such a cluster
+  // Pairs of blocks, each a cluster, that run at once, one block per multiprocessor; -1: none. 0: not known, and
+  // guessed, rightly for an H200.
+  int pairs = 0;
+  int pairs_at_once() const { return pairs ? (pairs > 0 ? pairs : 0) : sm_count / 2; }
 };
 
 // The shared memory that a block may have on GPUs of a compute capability (CUDA programming guide,

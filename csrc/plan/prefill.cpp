@@ -31,8 +31,8 @@ auto sparse_table() {
 // groups, 8192 tokens at 28672 x 4096 took 10% longer.
 constexpr int kTokenGroup = 8;
 // Of runs, blocks that follow each other are at almost the same columns, and share what the tiles that follow each
-// other have in common: activations, up to eight times as many bytes a stage as weights. 1024 x 8192, M = 8192: 204 us, in
-// groups of 8 246; 8192 x 8192, M = 3072: 609 and 622 (H200).
+// other have in common: activations, up to eight times as many bytes a stage as weights. 1024 x 8192,
+// M = 8192: 204 us, in groups of 8 246; 8192 x 8192, M = 3072: 609 and 622 (H200).
 constexpr int kTokenGroupOfRuns = 2;
 
 // Whether a kernel is worth a look: none of as many rows leaves less room in as few tiles.
@@ -66,7 +66,7 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, bool shares, const Pr
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, tile.tokens));
   plan.stages = static_cast<int>(ceil_div(problem.k, tile.stage_k()));
   const int tiles = plan.tiles(), most = problem.device.sm_count;
-  shares = shares && tiles % most != 0;
+  shares = shares && tiles % most != 0 && plan.stages > 1;
   plan.token_group = shares ? kTokenGroupOfRuns : kTokenGroup;
   plan.blocks = std::min(tiles, most);
   if (shares) {
@@ -77,32 +77,38 @@ PrefillPlan prefill_plan_with(const PrefillKernel& kernel, bool shares, const Pr
   return plan;
 }
 
-// A stage takes what its table line says, where blocks share tiles; less where they do not, and are at the same columns
-// at the same time. Every tile has an end. Blocks that share tiles write sums, and wait for and read those of others, of
-// whom there are several where tiles are fewer than blocks. Fitted with decode.cpp's model for many tokens.
-double estimated_us(const PrefillPlan& plan, const Problem& problem) {
-  const double us_of_stage = plan.kernel.us_of_stage, limit = power_limit(problem);
-  const double sums = plan.kernel.tile.partial_floats() / 32768.0;
+// A stage takes what its table line says where blocks share tiles, and less where they do not and are at the
+// same columns at the same time; every tile has an end. Blocks that share tiles write sums, and wait for and
+// read those of others, of whom there are several where tiles are fewer than blocks. Fitted with decode.cpp's
+// model for many tokens.
+double estimated_us(const PrefillPlan& plan, double limit) {
+  const double sums = plan.kernel.tile.partial_floats() / 32768.0;  // in tiles of 128 x 256
   const double each = static_cast<double>(plan.tiles()) / plan.blocks;
   if (plan.shared_tiles == 0) {
-    const double of_tile = plan.stages * us_of_stage * 0.885 * (1 + 0.24 * limit) + 1 + 0.3 * sums;
-    return 2.4 + std::ceil(each) * of_tile;
+    constexpr double kStart = 2.4, kPace = 0.885, kPowerLimitWhole = 0.24, kEnd = 1,
+                     kEndOfSums = 0.3;
+    const double of_stage = plan.kernel.us_of_stage * kPace * (1 + kPowerLimitWhole * limit);
+    return kStart + std::ceil(each) * (plan.stages * of_stage + kEnd + kEndOfSums * sums);
   }
+  constexpr double kStart = 1.9, kExchange = 0.5, kSums = 4, kMoreSums = 1.6, kTile = 0.75;
+  const double of_stage = plan.kernel.us_of_stage * (1 + kPowerLimit * limit);
   const double more_senders = std::max(1 / each - 1, 0.0);
-  const double sharing = 0.5 + (4 + 1.6 * more_senders) * sums + 0.75 * std::max(each, 1.0);
-  const double stages = std::ceil(each * plan.stages);
-  return 1.9 + stages * us_of_stage * (1 + 0.13 * limit) + sharing;
+  const double exchange =
+      kExchange + (kSums + kMoreSums * more_senders) * sums + kTile * std::max(each, 1.0);
+  return kStart + std::ceil(each * plan.stages) * of_stage + exchange;
 }
 
 std::optional<PrefillPlan> select_prefill(const Problem& problem) {
   if (!problem.device.wgmma) return std::nullopt;
+  const double limit = power_limit(problem);
   std::optional<PrefillPlan> best;
   double least = 0;
   for (const PrefillKernel& kernel : prefill_kernels(problem.sparse)) {
     if (!suits(kernel, problem)) continue;
     for (const bool shares : {false, true}) {
       const PrefillPlan plan = prefill_plan_with(kernel, shares, problem);
-      const double us = estimated_us(plan, problem);
+      if (shares && plan.shared_tiles == 0) continue;  // the same again
+      const double us = estimated_us(plan, limit);
       if (best && us >= least) continue;
       best = plan;
       least = us;

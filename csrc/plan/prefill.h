@@ -37,9 +37,8 @@ struct PrefillTile {
   // After the stages: the finished outputs [rows / 64][tokens][64], on their way to global memory, and
   // the barriers.
   constexpr int output_bytes() const { return tokens * rows() * 2; }
-  constexpr int partial_floats() const {
-    return tokens * rows();
-  }  // that a block leaves of a shared tile
+  // That a block leaves of a shared tile.
+  constexpr int partial_floats() const { return tokens * rows(); }
   constexpr int stages() const {
     const int room = kSharedBytes - output_bytes() - kBarrierBytes - kAlignment;
     return room / stage_bytes();
@@ -120,6 +119,11 @@ struct PrefillPlan {
   }
 };
 
+// The number of a block's whole tile, the `index`-th of them.
+constexpr int whole_tile(int shared_tiles, int blocks, int block, int index) {
+  return shared_tiles + index * blocks + block;
+}
+
 namespace example {  // the picture above
 inline constexpr PrefillPlan kSharing = [] {
   PrefillPlan plan{};
@@ -128,6 +132,7 @@ inline constexpr PrefillPlan kSharing = [] {
 }();
 static_assert(kSharing.tiles() == 7 && kSharing.stage_runs().begin(1) == 6);
 static_assert(kSharing.stage_runs().begin(2) == 11 && kSharing.stage_runs().begin(3) == 16);
+static_assert(whole_tile(4, 3, 1, 0) == 5);
 }  // namespace example
 
 // Nothing where another kernel must run: a device or build without wgmma.
@@ -136,7 +141,8 @@ std::optional<PrefillPlan> select_prefill(const Problem& problem);
 // `shares`: whether blocks share tiles where these do not go round.
 PrefillPlan prefill_plan_with(const PrefillKernel& kernel, bool shares, const Problem& problem);
 
-// A model of a plan's time, to compare plans of one problem: microseconds, fitted to an H200.
-double estimated_us(const PrefillPlan& plan, const Problem& problem);
+// A model of a plan's time, to compare plans of one problem: microseconds, fitted to an H200. `limit`: power_limit of
+// the problem (plan/common.h).
+double estimated_us(const PrefillPlan& plan, double limit);
 
 }  // namespace marlin::plan

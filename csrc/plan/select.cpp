@@ -55,16 +55,6 @@ int shared_bytes_of(int sm) {
   return kb * 1024;
 }
 
-// A cluster lies within one GPC, whose multiprocessors it need not divide. For an H200
-// cudaOccupancyMaxActiveClusters gives the numbers below.
-int Device::clusters_of(int size) const {
-  constexpr int kH200[] = {0, 132, 66};
-  if (size == 1) return sm_count;
-  if (clusters[size]) return std::max(clusters[size], 0);
-  if (sm_count == 132) return kH200[size];
-  return (size == 2 ? sm_count : sm_count * 7 / 8) / size;
-}
-
 Plan plan_with(const Kernel& kernel, const Problem& problem) {
   Plan plan{kernel, partition_of(kernel.tile, problem), 0};
   if (plan.partition.splits_tiles()) {

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "plan/common.h"
 #include "plan/decode.h"
 #include "plan/plan.h"
 #include "plan/prefill.h"
@@ -300,7 +301,21 @@ TEST(Plan, ManyTokensTakeWhatWasMeasuredToBeFastest) {
     bool shares;  // of prefill kernels
   };
   for (const Case& c :
-       std::initializer_list<Case>{{240, 4096, 11008, true, "decode_24_t128_r128_k128_s1", true},
+       std::initializer_list<Case>{{1024, 5120, 27648, false, "prefill_t256_r128_k64", true},
+                                   {4096, 4096, 14336, false, "prefill_t256_r128_k64", false},
+                                   {2560, 3584, 14336, false, "prefill_t256_r128_k64", true},
+                                   {480, 27648, 5120, false, "prefill_t160_r192_k64", true},
+                                   {129, 57344, 8192, false, "prefill_t144_r192_k64", true},
+                                   {832, 8192, 8192, false, "prefill_t208_r128_k64", false},
+                                   {400, 28672, 4096, false, "prefill_t208_r128_k64", true},
+                                   {256, 28672, 4096, false, "prefill_t128_r192_k128", true},
+                                   {512, 57344, 8192, false, "prefill_t128_r192_k128", true},
+                                   {2048, 1024, 4096, false, "prefill_t128_r128_k128", false},
+                                   {4096, 8192, 8192, true, "prefill_24_t160_r192_k128", true},
+                                   {6144, 6144, 4096, true, "prefill_24_t160_r192_k128", true},
+                                   {512, 8192, 8192, true, "prefill_24_t128_r192_k128", true},
+                                   {320, 57344, 8192, true, "prefill_24_t160_r192_k128", true},
+                                   {240, 4096, 11008, true, "decode_24_t128_r128_k128_s1", true},
                                    {512, 1024, 8192, true, "decode_24_t128_r64_k128_s2", true},
                                    {65, 8192, 8192, true, "decode_24_t80_r64_k256_s2", true},
                                    {1536, 256, 7168, true, "decode_24_t96_r64_k128_s2", true},
@@ -454,6 +469,7 @@ TEST(Plan, DecodeTablesAreNumberedAndNamed) {
     EXPECT_EQ(++names[kernel.name()], 1) << kernel.name() << " stands twice in the tables";
     EXPECT_STRNE(kernel.reason, "");
     EXPECT_LE(kernel.tile.threads(), 1024);
+    EXPECT_FALSE(kernel.tile.runs && kernel.tile.many_tokens()) << "the model has none";
   }
 }
 
@@ -467,6 +483,13 @@ TEST(Plan, PrefillTablesAreNumberedAndNamed) {
       EXPECT_STRNE(kernel.reason, "");
       EXPECT_LE(kernel.tile.threads(), 1024);
       EXPECT_LE(kernel.tile.shared_bytes(), PrefillTile::kSharedBytes);
+      for (const PrefillKernel& other : prefill_kernels(sparse)) {  // a larger tile takes longer
+        if (other.tile.rows() != kernel.tile.rows() || other.tile.tokens <= kernel.tile.tokens)
+          continue;
+        EXPECT_GT(other.us_of_stage / other.tile.stage_blocks,
+                  kernel.us_of_stage / kernel.tile.stage_blocks)
+            << other.name();
+      }
     }
   }
 }
@@ -529,7 +552,7 @@ TEST(Plan, DecodeSharesTilesOverMemoryWhereThatIsFaster) {
 TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {
   Problem problem{1, 4096, 4096, 128, device_of(90, 132)};
   problem.device.wgmma = true;
-  problem.device.clusters = {0, 132, -1};
+  problem.device.pairs = -1;
   const auto plan = select_decode(problem);
   EXPECT_EQ(plan->cluster, 1);
   EXPECT_EQ(plan->blocks, 132);
@@ -542,29 +565,46 @@ void check_order(const PrefillPlan& plan) {
   for (int at = 0; at < plan.tiles(); ++at) {
     const TileOfOrder<PrefillPlan> tile{plan, at};
     ASSERT_LT(tile.token_tile(), plan.token_tiles);
+    ASSERT_LT(tile.row_tile(), plan.row_tiles);
     ++done[static_cast<size_t>(tile.row_tile()) * plan.token_tiles + tile.token_tile()];
   }
   for (const int times : done) ASSERT_EQ(times, 1);
 }
 
-// What the prefill kernels do with a plan, in miniature.
+// What the prefill kernels do with a plan, in miniature: as PrefillCursor, block by block.
 void check_prefill(const Problem& problem, const PrefillPlan& plan) {
   const PrefillTile& tile = plan.kernel.tile;
   ASSERT_EQ(tile.sparse, problem.sparse);
   ASSERT_GE(plan.row_tiles * int64_t{tile.rows()}, problem.n);
+  ASSERT_LT((plan.row_tiles - 1) * int64_t{tile.rows()}, problem.n);
   ASSERT_GE(plan.token_tiles * int64_t{tile.tokens}, problem.m);
+  ASSERT_LT((plan.token_tiles - 1) * int64_t{tile.tokens}, problem.m);
   ASSERT_GE(plan.stages * int64_t{tile.stage_k()}, problem.k);
   ASSERT_LE(tile.shared_bytes(), problem.device.shared_bytes);
   ASSERT_LE(plan.blocks, problem.device.sm_count);
   ASSERT_NO_FATAL_FAILURE(check_order(plan));
-  // The first tiles are shared, one to two by each block, and of the rest all blocks do as many.
-  const int shared = plan.shared_tiles;
-  ASSERT_NO_FATAL_FAILURE(check_runs(plan.stage_runs(), plan.blocks, shared));
-  ASSERT_EQ(plan.partial_bytes() > 0, plan.stage_runs().share_tiles());
-  if (shared == 0) return;
-  ASSERT_LT(shared, 2 * plan.blocks);
-  ASSERT_TRUE(shared == plan.tiles() || shared > plan.blocks);
-  ASSERT_EQ((plan.tiles() - shared) % plan.blocks, 0);
+  ASSERT_NO_FATAL_FAILURE(check_runs(plan.stage_runs(), plan.blocks, plan.shared_tiles));
+  ASSERT_EQ(plan.partial_bytes() > 0, plan.shared_tiles > 0);
+  std::vector<int> done(static_cast<size_t>(plan.tiles()));  // stages
+  int least = plan.tiles(), most = 0;                        // whole tiles of a block
+  for (int block = 0; block < plan.blocks; ++block) {
+    const StageRun run = StageRun::of(plan.stage_runs(), block);
+    for (int i = 0; i < run.tiles; ++i) {
+      const int number = run.last - i;
+      done[number] += run.end_stage(number, plan.stages) - run.first_stage(number, plan.stages);
+    }
+    int whole = 0;
+    for (;; ++whole) {
+      const int number = whole_tile(plan.shared_tiles, plan.blocks, block, whole);
+      if (number >= plan.tiles()) break;
+      done[number] += plan.stages;
+    }
+    ASSERT_GT(run.tiles + whole, 0) << "an idle block";
+    least = std::min(least, whole), most = std::max(most, whole);
+  }
+  for (const int stages : done) ASSERT_EQ(stages, plan.stages);
+  ASSERT_LE(most - least, plan.shared_tiles ? 0 : 1);
+  ASSERT_LT(plan.shared_tiles, 2 * plan.blocks);
 }
 
 TEST(Plan, PrefillDoesEverythingOnce) {
@@ -581,10 +621,35 @@ TEST(Plan, PrefillDoesEverythingOnce) {
     const auto kernels = prefill_kernels(problem.sparse);
     const auto& kernel = kernels[random() % kernels.size()];
     for (const bool shares : {false, true}) {
-      ASSERT_NO_FATAL_FAILURE(check_prefill(problem, prefill_plan_with(kernel, shares, problem)));
+      const PrefillPlan plan = prefill_plan_with(kernel, shares, problem);
+      ASSERT_NO_FATAL_FAILURE(check_prefill(problem, plan));
+      const bool go_round = plan.tiles() % problem.device.sm_count == 0;
+      ASSERT_EQ(plan.shared_tiles > 0, shares && !go_round && plan.stages > 1);
     }
   }
   EXPECT_FALSE(select_prefill({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
+}
+
+// The sizes of test_gemm.py's test_every_kernel and test_tiles_shared_over_memory, and of sanitizer_workload.py: with
+// each kernel some blocks share tiles and then do whole ones.
+TEST(Plan, TestsOnAGpuReachSharedAndWholeTiles) {
+  const auto reaches = [](const PrefillKernel& kernel, std::vector<int64_t> ms, int64_t n,
+                          int64_t k, std::initializer_list<int> sms) {
+    return std::ranges::any_of(sms, [&](int count) {
+      return std::ranges::any_of(ms, [&](int64_t m) {
+        const Problem problem{m, n, k, 128, device_of(90, count), kernel.tile.sparse};
+        const PrefillPlan plan = prefill_plan_with(kernel, true, problem);
+        return plan.shared_tiles > 0 && plan.shared_tiles < plan.tiles();
+      });
+    });
+  };
+  for (const bool sparse : {false, true}) {
+    for (const PrefillKernel& kernel : prefill_kernels(sparse)) {
+      EXPECT_TRUE(reaches(kernel, {33, 300, 450}, 776, 700, {5, 7})) << kernel.name();
+      const int64_t many = 12 * kernel.tile.tokens + 5;
+      EXPECT_TRUE(reaches(kernel, {many}, 5056, 2048, {132})) << kernel.name();
+    }
+  }
 }
 
 TEST(Plan, LargestProblemsDoNotOverflow) {
@@ -595,7 +660,7 @@ TEST(Plan, LargestProblemsDoNotOverflow) {
 // Of sizes with more elements than memory holds (2^40), on a device that has little to deal them out to.
 TEST(Plan, LargestProblemsDoNotOverflowOnHopper) {
   constexpr int64_t kMany = int64_t{1} << 20, kMost = (int64_t{1} << 31) - 1;
-  for (const int sms : {1, 132}) {
+  for (const int sms : {1, 7, 132}) {
     for (const bool sparse : {false, true}) {
       for (const auto& [m, n, k] :
            std::initializer_list<std::array<int64_t, 3>>{{1, kMany, kMany},
@@ -606,6 +671,7 @@ TEST(Plan, LargestProblemsDoNotOverflowOnHopper) {
                                                          {kMost, 512, 512},
                                                          {1, kMost, 512},
                                                          {80, kMost, 512},
+                                                         {2088, 2177, 494707316},
                                                          {1, 512, kMost - 3}}) {
         Problem problem{m, n, k, 128, device_of(90, sms), sparse};
         problem.device.wgmma = true;
@@ -620,10 +686,15 @@ TEST(Plan, LargestProblemsDoNotOverflowOnHopper) {
                 << what;
           }
         }
-        const PrefillPlan plan = *select_prefill(problem);
-        EXPECT_EQ(plan.stage_runs().begin(plan.blocks), int64_t{plan.shared_tiles} * plan.stages)
-            << what;
-        EXPECT_GT(estimated_us(plan, problem), 0) << what;
+        for (const PrefillKernel& kernel : prefill_kernels(sparse)) {
+          for (const bool shares : {false, true}) {
+            const PrefillPlan plan = prefill_plan_with(kernel, shares, problem);
+            EXPECT_EQ(plan.stage_runs().begin(plan.blocks),
+                      int64_t{plan.shared_tiles} * plan.stages)
+                << what;
+            EXPECT_GT(estimated_us(plan, power_limit(problem)), 0) << what;
+          }
+        }
       }
     }
   }

@@ -65,9 +65,7 @@ struct DecodeConsumer {
       }
 #pragma unroll
       for (int pass = 0; pass < S::kPasses; ++pass) {
-        // The finisher does not see the last tile. With one pass, and no runs, that is the only one stored
-        // here, and nothing follows it.
-        if (S::kHasFinisher && (pass == 0 || !work.last())) {
+        if (S::kHasFinisher) {
           ptx::mbarrier_wait(barriers.sums_free(), parity ^ 1);
         }
         if ((S::kRuns || S::kPasses > 1) && stored) {

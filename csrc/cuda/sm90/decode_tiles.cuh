@@ -56,9 +56,9 @@ struct DecodeShape {
   static constexpr int kZeroBytes = kTile.zero_bytes(kPeriod);
   static constexpr int kPasses = kTile.passes(), kPassTokens = kTile.pass_tokens();
   // Sums that leave in several passes are stored by the consumers, which would wait for one warp between
-  // passes: 50.5 us for 47.9 at 28672 x 4096, M = 128, 83.3 for 80.2 at 8192 x 8192, M = 400 (H200). With runs
-  // it is the other way round: 52.1 for 54 at 5120 x 27648, M = 96.
-  static constexpr bool kHasFinisher = kRuns || kPasses == 1;
+  // passes: 50.5 us for 47.9 at 28672 x 4096, M = 128, 83.3 for 80.2 at 8192 x 8192, M = 400 (H200).
+  static constexpr bool kHasFinisher = kPasses == 1;
+  static_assert(!kRuns || kHasFinisher);
   static constexpr int kSumStride = kTile.sum_stride(), kSumsAt = kTile.sums_at(kPeriod);
   static constexpr int kReceivedAt = kTile.received_at(kPeriod);
   static constexpr int kBarriersAt = kTile.barriers_at(kPeriod);

@@ -17,8 +17,7 @@ template <typename Element>
 constexpr MapType kMapType =
     std::is_same_v<Element, __half> ? MapType::kFloat16 : MapType::kBFloat16;
 
-// What one copy of activations brings. Never many tokens that
-// do not exist, which a tensor copy would fill with zeros: that is slow. (8192 x 8192 on an H200 with tiles
+// What one copy of activations brings. Never many tokens that do not exist, which a tensor copy would fill with zeros: that is slow. (8192 x 8192 on an H200 with tiles
 // of 128 tokens, of which the second had 64: 94 us; with both full, 61.)
 struct InputBox {
   int tokens, blocks;  // of 64 columns
@@ -102,34 +101,34 @@ void start(void (*kernel)(Params), const Params& params, int blocks, int threads
 
 }  // namespace
 
-// Of blocks that fill a multiprocessor: those of one kernel stand for all. Where two of a kernel's blocks
-// fit, the second place is kept for the next kernel's.
-plan::Device::Clusters clusters_at_once() {
-  plan::Device::Clusters out{};
-  const plan::PrefillKernel& kernel = plan::prefill_kernels().front();
-  const auto function = prefill_instance<__half>(kernel.id, false, 128);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kernel.tile.shared_bytes()),
+// Of blocks that fill a multiprocessor: those of one kernel stand for all. (A cluster lies within one GPC, whose
+// multiprocessors it need not divide.) Where two of a kernel's blocks fit, the second place is kept for the next kernel's.
+int pairs_at_once() {
+  constexpr int kPeriod = 128;
+  const auto kernels = plan::decode_kernels();
+  const plan::DecodeKernel& kernel =
+      *std::ranges::find_if(kernels, [](const auto& each) { return each.tile.blocks_per_sm == 1; });
+  const auto function = decode_instance<__half>(kernel.id, false, kPeriod);
+  const int shared_bytes = kernel.tile.shared_bytes(kPeriod);
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
         "cudaFuncSetAttribute");
-  for (int size = 1; size <= plan::Device::kLargestCluster; ++size) {
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(size));
-    config.blockDim = dim3(static_cast<unsigned>(kernel.tile.threads()));
-    config.dynamicSmemBytes = static_cast<size_t>(kernel.tile.shared_bytes());
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&out[size], function, &config);
-    if (error == cudaErrorInvalidClusterSize) {
-      cudaGetLastError();  // so that the next launch is not blamed for it
-    } else {
-      check(error, "cudaOccupancyMaxActiveClusters");
-    }
-    if (out[size] == 0) out[size] = -1;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(2);
+  config.blockDim = dim3(static_cast<unsigned>(kernel.tile.threads()));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int pairs = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&pairs, function, &config);
+  if (error == cudaErrorInvalidClusterSize) {
+    cudaGetLastError();  // so that the next launch is not blamed for it
+  } else {
+    check(error, "cudaOccupancyMaxActiveClusters");
   }
-  return out;
+  return pairs > 0 ? pairs : -1;
 }
 
 template <typename Element>

@@ -16,8 +16,8 @@ inline Scratch scratch_of(const Gemm& args, const plan::PrefillPlan& plan) {
   return {args, kColumnMultiple, plan.partial_bytes()};
 }
 
-// How many clusters of each size run at once on the current device (plan::Device::clusters).
-plan::Device::Clusters clusters_at_once();
+// How many pairs of blocks run at once on the current device (plan::Device::pairs).
+int pairs_at_once();
 
 template <typename Element>
 void launch(const Gemm& args, const plan::DecodePlan& plan, void* workspace, cudaStream_t stream);

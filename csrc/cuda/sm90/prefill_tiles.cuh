@@ -44,9 +44,14 @@ struct PrefillShape {
   static constexpr int kScalesAt = kTile.scales_at(), kZerosAt = kTile.zeros_at();
   static constexpr int kOutputAt = kTile.output_at(), kBarriersAt = kTile.barriers_at();
   static constexpr int kSumsLeft = 1;  // a barrier of the block
-  // Per thread; together, what the block's threads have at its launch.
+  // Registers per thread: what a block's threads have at its launch, shared out anew among its roles. With four row
+  // blocks 128 tokens and more would not fit.
+  static constexpr int kRegisters = 65536 / kTile.threads() / 8 * 8;
   static constexpr int kProducerRegisters = kRowBlocks == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kRowBlocks == 3 ? 160 : 232;
+  static_assert(kRowBlocks == 2 || kRowBlocks == 3);
+  static_assert(kProducerRegisters * 128 + kConsumerRegisters * kConsumers <=
+                kRegisters * kTile.threads());
   // A stage has one row of scales where they are 128 columns or more apart; and every stage of sparse
   // weights is whole, so that none is multiplied without places.
   static_assert(kTile.stage_k() <= 128 && (!kSparse || kStageBlocks == 1));
@@ -54,7 +59,10 @@ struct PrefillShape {
   static_assert(!kSparse || kTile.meta_bytes() == kRowBlocks * kMetaBytes);
   static_assert(kStages >= 3 && kStages <= 16 && kTokens % 16 == 0);
   // Where tensor copies find the outputs of a warpgroup, [kTokens][64], a pattern of the swizzle begins.
-  static_assert(kOutputAt % 1024 == 0 && kTokens % 8 == 0 && kTokens <= 256);
+  static_assert(kStageBytes % 1024 == 0 && kOutputAt % 1024 == 0);
+  // As copies want it.
+  static_assert(kWeightsAt % 128 == 0 && kScalesAt % 128 == 0 && kZerosAt % 128 == 0);
+  static_assert(kTokens <= 256 && kRows <= 256);
 };
 
 // A block's tiles: those of its run, from the last to the first, then every so-many-th of the rest, whole. What
@@ -74,7 +82,8 @@ struct PrefillCursor {
       first = run.first_stage(number, p.stages);
       count = run.end_stage(number, p.stages) - first;
     } else {
-      number = p.shared_tiles + (at - run.tiles) * static_cast<int>(gridDim.x) + block();
+      number =
+          plan::whole_tile(p.shared_tiles, static_cast<int>(gridDim.x), block(), at - run.tiles);
       first = 0;
       count = number < p.row_tiles * p.token_tiles ? p.stages : 0;
     }
