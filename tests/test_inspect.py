@@ -77,6 +77,13 @@ def test_force_plan_refuses(arguments: dict[str, int]) -> None:
         _inspect.force_plan(**arguments)
 
 
+@pytest.mark.parametrize("shares", ["no", 2, None], ids=repr)
+def test_force_plan_wants_true_or_false(shares: object) -> None:
+    with pytest.raises(TypeError, match=r"(?s)force_plan\(\).*shares: bool") as raised:
+        _inspect.force_plan(shares=shares)  # type: ignore[arg-type]
+    assert f"shares={shares!r}" in str(raised.value)
+
+
 @needs_cuda_build
 @pytest.mark.parametrize("id", [-1, 999])
 def test_kernel_attributes_refuses(id: int) -> None:

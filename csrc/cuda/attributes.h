@@ -20,10 +20,10 @@ KernelAttributes kernel_attributes(int id, DType dtype);
 
 // For tests and benchmarks: until called again, every gemm of the process that it can do runs kernel
 // `id` of `marlin._inspect.plans` (-1: whatever the planner chooses), as if the device had `sm_count`
-// multiprocessors (0: as many as it has). `shares`: with blocks that share tiles which do not go round, in decode
-// kernels in pairs, in prefill kernels over memory; not asked where the planner chooses, by sm80 kernels, which
-// always share, nor by decode kernels that are for sharing alone. A gemm throws where its weight is 2:4 sparse and the kernel for
-// dense ones, or vice versa.
+// multiprocessors (0: as many as it has). `shares`: with blocks that share tiles which do not go round,
+// in decode kernels in pairs, in prefill kernels over memory; not asked where the planner chooses, by
+// sm80 kernels, which always share, nor by decode kernels that are for sharing alone. A gemm throws where
+// its weight is 2:4 sparse and the kernel for dense ones, or vice versa.
 void force_plan(int id, int sm_count, bool shares);
 
 }  // namespace marlin::cuda

@@ -103,7 +103,7 @@ decltype(auto) with_plan(const Gemm& args, F&& run) {
       return run(plan::prefill_plan_with(*forced.prefill, forced_shares, problem));
     }
     if (forced.decode && forced.decode->tile.holds(args.m)) {
-      return run(plan::decode_plan_with(*forced.decode, forced_shares ? 2 : 1, problem));
+      return run(plan::decode_plan_with(*forced.decode, forced_shares, problem));
     }
     if (const auto chosen = plan::select_decode(problem)) return run(*chosen);
     if (const auto chosen = plan::select_prefill(problem)) return run(*chosen);

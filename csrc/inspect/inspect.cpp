@@ -222,7 +222,7 @@ PYBIND11_MODULE(_inspect, m) {
   m.def("build_info", &build_info, "Versions and settings of this build.");
   m.def(
       "force_plan", &force_plan, py::arg("id") = -1, py::kw_only(), py::arg("sms") = 0,
-      py::arg("shares") = false,
+      py::arg("shares").noconvert() = false,
       "For tests and benchmarks: makes every gemm run one kernel that can, with blocks that share "
       "tiles or not.");
   m.def("kernel_attributes", &kernel_attributes, py::arg("id"), py::kw_only(),

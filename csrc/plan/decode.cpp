@@ -146,7 +146,7 @@ std::optional<DecodePlan> select_for_few_tokens(const Problem& problem, bool run
     const bool suits_layer =
         runs || problem.n <= kernel.most_n || problem.n * problem.k <= kernel.most_weights;
     if (kernel.tile.runs != runs || kernel.tile.many_tokens() || !suits_layer) continue;
-    if (kernel.tile.tokens >= problem.m) return decode_plan_with(kernel, 2, problem);
+    if (kernel.tile.tokens >= problem.m) return decode_plan_with(kernel, true, problem);
   }
   return std::nullopt;
 }
@@ -183,7 +183,7 @@ std::optional<DecodePlan> select_for_many_tokens(const Problem& problem) {
   for (const DecodeKernel& kernel : decode_kernels(problem.sparse)) {
     const bool in_pairs = kernel.tile.many_tokens() && !kernel.tile.runs;
     if (!in_pairs || (!several && problem.m > kernel.tile.tokens)) continue;
-    const DecodePlan plan = decode_plan_with(kernel, 2, problem);
+    const DecodePlan plan = decode_plan_with(kernel, true, problem);
     if (!suits(plan, problem)) continue;
     const double us = us_of_many_tokens(plan, limit);
     if (best && us >= least) continue;
@@ -207,7 +207,7 @@ std::string DecodeKernel::name() const {
          std::to_string(tile.splits) + (tile.runs ? "_runs" : "");
 }
 
-DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Problem& problem) {
+DecodePlan decode_plan_with(const DecodeKernel& kernel, bool shares, const Problem& problem) {
   DecodePlan plan{};
   plan.kernel = kernel;
   plan.period = scale_period(problem);
@@ -215,7 +215,7 @@ DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Probl
   plan.row_tiles = static_cast<int>(ceil_div(problem.n, kernel.tile.rows()));
   plan.token_tiles = static_cast<int>(ceil_div(problem.m, kernel.tile.tokens));
   plan.stages = static_cast<int>(ceil_div(problem.k, kernel.tile.stage_k()));
-  const int pairs = kernel.tile.runs || cluster < 2 ? 0 : problem.device.pairs_at_once();
+  const int pairs = shares && !kernel.tile.runs ? problem.device.pairs_at_once() : 0;
   plan.cluster = pairs > 0 ? 2 : 1;
   // Every multiprocessor gets a block, even where there are fewer tiles: with room for two blocks on
   // each, the next kernel's blocks then find exactly one place on every multiprocessor.

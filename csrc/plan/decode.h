@@ -209,6 +209,7 @@ struct DecodePlan {
 // Nothing where another kernel is to run: with many tokens, or on a device or build without wgmma.
 std::optional<DecodePlan> select_decode(const Problem& problem);
 
-DecodePlan decode_plan_with(const DecodeKernel& kernel, int cluster, const Problem& problem);
+// `shares`: whether pairs of blocks share a tile that is left over; not asked of kernels with runs.
+DecodePlan decode_plan_with(const DecodeKernel& kernel, bool shares, const Problem& problem);
 
 }  // namespace marlin::plan

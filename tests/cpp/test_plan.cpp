@@ -263,8 +263,9 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
     const auto kernels = decode_kernels(problem.sparse);
     const auto& kernel = kernels[random() % kernels.size()];
     problem.m = up_to(kernel.tile.many_tokens() ? 600 : kernel.tile.tokens);
-    const auto cluster = static_cast<int>(up_to(2));
-    ASSERT_NO_FATAL_FAILURE(check_decode(problem, decode_plan_with(kernel, cluster, problem)));
+    for (const bool shares : {false, true}) {
+      ASSERT_NO_FATAL_FAILURE(check_decode(problem, decode_plan_with(kernel, shares, problem)));
+    }
   }
   EXPECT_FALSE(select_decode({1, 64, 64, 64, device_of(90, 132)}).has_value());  // no wgmma
 }

@@ -17,8 +17,9 @@ template <typename Element>
 constexpr MapType kMapType =
     std::is_same_v<Element, __half> ? MapType::kFloat16 : MapType::kBFloat16;
 
-// What one copy of activations brings. Never many tokens that do not exist, which a tensor copy would fill with zeros: that is slow. (8192 x 8192 on an H200 with tiles
-// of 128 tokens, of which the second had 64: 94 us; with both full, 61.)
+// What one copy of activations brings. Never many tokens that do not exist, which a tensor copy would fill
+// with zeros: that is slow. (8192 x 8192 on an H200 with tiles of 128 tokens, of which the second had 64:
+// 94 us; with both full, 61.)
 struct InputBox {
   int tokens, blocks;  // of 64 columns
 };
@@ -101,8 +102,9 @@ void start(void (*kernel)(Params), const Params& params, int blocks, int threads
 
 }  // namespace
 
-// Of blocks that fill a multiprocessor: those of one kernel stand for all. (A cluster lies within one GPC, whose
-// multiprocessors it need not divide.) Where two of a kernel's blocks fit, the second place is kept for the next kernel's.
+// Of blocks that fill a multiprocessor: those of one kernel stand for all. (A cluster lies within one GPC,
+// whose multiprocessors it need not divide.) Where two of a kernel's blocks fit, the second place is kept for
+// the next kernel's.
 int pairs_at_once() {
   constexpr int kPeriod = 128;
   const auto kernels = plan::decode_kernels();
