@@ -13,4 +13,14 @@ __device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_
   return out;
 }
 
+// A value in both halves. As a move, not a multiplication, since instructions on pairs can take a half twice.
+__device__ __forceinline__ uint32_t twice(uint16_t value) {
+  uint32_t out;
+  asm("mov.b32 %0, {%1, %1};" : "=r"(out) : "h"(value));
+  return out;
+}
+
+// Keeps a value in a register, where ptxas would compute it anew.
+__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
 }  // namespace marlin::ptx

@@ -48,20 +48,10 @@ struct DecodeConsumer {
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
       if (work.half() && place.row_tile > 0) {
         next = skip(next, end);
-      } else if constexpr (kConvertsAhead) {
-        next = multiply_ahead(next, end);
+      } else if (S::kPlainLoop && !p.has_zeros) {
+        next = multiply_all<false>(next, end);
       } else {
-#pragma unroll 1
-        for (; next < end; next += S::kSplits) {
-          place.wait_for_weights();
-          if constexpr (S::kScalesWeights) {
-            multiply_scaled();
-          } else {
-            multiply();
-          }
-          place.release();
-          place.advance();
-        }
+        next = multiply_all<true>(next, end);
       }
 #pragma unroll
       for (int pass = 0; pass < S::kPasses; ++pass) {
@@ -84,6 +74,27 @@ struct DecodeConsumer {
     }
   }
 
+  // Stages `next`, next + kSplits, ... < end; returns the first that is not. kZeros: there may be zero points.
+  template <bool kZeros>
+  __device__ int multiply_all(int next, int end) {
+    if constexpr (kConvertsAhead) {
+      return multiply_ahead<kZeros>(next, end);
+    } else {
+#pragma unroll 1
+      for (; next < end; next += S::kSplits) {
+        place.wait_for_weights();
+        if constexpr (S::kScalesWeights) {
+          multiply_scaled<kZeros>();
+        } else {
+          multiply<kZeros>();
+        }
+        place.release();
+        place.advance();
+      }
+      return next;
+    }
+  }
+
   // Half a tile has no rows for this warpgroup, which gives its stages back. (That it should do every second
   // stage of the rows there are was no faster, and slowed whole tiles by 2 to 4%: activations bound half a
   // tile, for which a stage has as many as for a whole one. H200, M = 64.)
@@ -103,6 +114,7 @@ struct DecodeConsumer {
   // One stage, some blocks at a time: all their weights are converted before the first is multiplied, so
   // that the tensor core is asked for much at once, while other warpgroups convert. Multiplied one by one
   // as below they take longer: 19.0 us, and 17.3, at 8192 x 8192, M = 64.
+  template <bool kZeros>
   __device__ void multiply_scaled() {
     constexpr int kSteps = kBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
     constexpr int kGroups = kSteps > kGroupSteps ? kSteps / kGroupSteps : 1;
@@ -116,7 +128,7 @@ struct DecodeConsumer {
       uint32_t scale[kGroups][2], subtrahend[kGroups][2], a[kSteps][4];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        load_factor_pairs(scale[g], subtrahend[g], first / kGroupSteps + g);
+        load_factor_pairs<kZeros>(scale[g], subtrahend[g], first / kGroupSteps + g);
       }
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
@@ -139,12 +151,16 @@ struct DecodeConsumer {
   // stage's weights are converted; then it is given back. Not of 2:4 weights, whose metadata waits for all
   // multiplications (see load_meta): 66.2 us for 62.2 at 8192 x 28672, M = 128 (H200).
   static constexpr bool kConvertsAhead = S::kScalesWeights && S::kSplits == 1 && !S::kSparse;
+  template <bool kZeros>
   __device__ int multiply_ahead(int next, int end) {
     constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
+    constexpr int kBatch = 4;  // steps, which lie in one half of `a`
+    static_assert(kSteps % (2 * kBatch) == 0);
     if (next >= end) return next;
-    uint32_t a[4][4];
+    uint32_t a[2 * kBatch][4];
+    typename DecodePlace<S>::Held previous{};
 #pragma unroll 1
-    for (bool first = true; next < end; next += S::kSplits, first = false) {
+    for (; next < end; next += S::kSplits) {
       place.wait();
       const uint64_t b = place.input_descriptor();
       uint4 words[S::kStageBlocks];
@@ -153,23 +169,30 @@ struct DecodeConsumer {
       uint32_t scale[S::kGroups][2], subtrahend[S::kGroups][2];
 #pragma unroll
       for (int g = 0; g < S::kGroups; ++g) {
-        load_factor_pairs(scale[g], subtrahend[g], g);
+        load_factor_pairs<kZeros>(scale[g], subtrahend[g], g);
       }
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const int g = step / kGroupSteps;
-        convert<Element>(a[step % 4], (&words[step / 4].x)[step % 4], subtrahend[g]);
-        multiply_pairs<Element>(a[step % 4], scale[g]);
+      for (int step = 0; step < kSteps; step += kBatch) {
+#pragma unroll
+        for (int i = step; i < step + kBatch; ++i) {
+          const int g = i / kGroupSteps;
+          convert<Element>(a[i % (2 * kBatch)], (&words[i / 4].x)[i % 4], subtrahend[g]);
+          multiply_pairs<Element>(a[i % (2 * kBatch)], scale[g]);
+        }
         ptx::wgmma_fence();
-        multiply_step(sums, a[step % 4], {}, b, step, true);
+#pragma unroll
+        for (int i = step; i < step + kBatch; ++i) {
+          multiply_step(sums, a[i % (2 * kBatch)], {}, b, i, true);
+        }
         ptx::wgmma_commit();
-        ptx::wgmma_wait<3>();
-        if (step == 3 && !first) place.release_previous();
+        ptx::wgmma_wait<1>();
+        if (step == 0 && previous.weights) place.release(previous);
       }
+      previous = place.hold();
       place.advance();
     }
     wait_for_sums();
-    place.release_previous();
+    place.release(previous);
     return next;
   }
 
@@ -185,6 +208,7 @@ struct DecodeConsumer {
 
   // One stage, in spans of columns whose multiplications are all under way before the first is waited
   // for: as many groups as there are registers for the sums of.
+  template <bool kZeros>
   __device__ void multiply() {
     constexpr int kSteps = S::kPeriod / S::kStepColumns;  // between scales
     // Two blocks, or one where two blocks of threads share the registers; with many tokens, one group.
@@ -209,9 +233,9 @@ struct DecodeConsumer {
 #pragma unroll
       for (int first = 0; first < 4 * kBlocks; first += kSteps * kGroups) {
         if (kWaitsLate && block + first == 0) {
-          multiply_span<kSteps, kGroups, true>(packed, b, 0, 0);
+          multiply_span<kZeros, kSteps, kGroups, true>(packed, b, 0, 0);
         } else {
-          multiply_span<kSteps, kGroups, false>(packed, b, block * 4 + first, first);
+          multiply_span<kZeros, kSteps, kGroups, false>(packed, b, block * 4 + first, first);
         }
       }
     }
@@ -219,14 +243,15 @@ struct DecodeConsumer {
 
   // kGroups groups of kSteps steps each, from step `at` of the stage on; all are converted before the
   // activations are waited for where kWaits.
-  template <int kSteps, int kGroups, bool kWaits>
+  template <bool kZeros, int kSteps, int kGroups, bool kWaits>
   __device__ void multiply_span(const Packed (&packed)[kBlocks], uint64_t b, int at, int first) {
     constexpr int kMost = kTokens > 32 ? 2 : 4;  // fragments at a time; with more, registers spill
     constexpr int kBatch = kWaits ? kGroups * kSteps : kSteps < kMost ? kSteps : kMost;
     float scale[kGroups][2], partial[kGroups][kTokens / 2];
     uint32_t subtrahend[kGroups][2], a[kGroups * kSteps][4];
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) load_factors(scale[g], subtrahend[g], at / kSteps + g);
+    for (int g = 0; g < kGroups; ++g)
+      load_factors<kZeros>(scale[g], subtrahend[g], at / kSteps + g);
 #pragma unroll
     for (int batch = 0; batch < kGroups * kSteps; batch += kBatch) {
 #pragma unroll
@@ -263,32 +288,35 @@ struct DecodeConsumer {
   }
 
   // Of this thread's two rows, for a group of the stage.
+  template <bool kZeros>
   __device__ void load_factors(float (&scale)[2], uint32_t (&subtrahend)[2], int group) const {
     if (p.one_group) group = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       scale[i] = to_float(ptx::load_shared<Element>(place.scales(group) + 8 * i * 2));
     }
-    load_subtrahends(subtrahend, group);
+    load_subtrahends<kZeros>(subtrahend, group);
   }
 
   // The same, but scales in both halves of a register.
+  template <bool kZeros>
   __device__ void load_factor_pairs(uint32_t (&scale)[2], uint32_t (&subtrahend)[2],
                                     int group) const {
     if (p.one_group) group = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      scale[i] = ptx::load_shared<uint16_t>(place.scales(group) + 8 * i * 2) * 0x10001u;
+      scale[i] = ptx::twice(ptx::load_shared<uint16_t>(place.scales(group) + 8 * i * 2));
     }
-    load_subtrahends(subtrahend, group);
+    load_subtrahends<kZeros>(subtrahend, group);
   }
 
+  template <bool kZeros>
   __device__ void load_subtrahends(uint32_t (&subtrahend)[2], int group) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       subtrahend[i] = layout::subtrahend<Format>(layout::kSymmetricZero, i);
     }
-    if (p.has_zeros) {
+    if (kZeros && p.has_zeros) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         subtrahend[i] =

@@ -16,18 +16,19 @@ struct DecodePlace {
   int row_tile, split;           // which warpgroup
   uint32_t words_at, scales_at;  // this thread's weights and scales in the first stage
   uint32_t meta_at;              // and metadata, of sparse weights
-  RingConsumer<S::kStages, S::kSplits> ring;
-  RingConsumer<S::kInputStages, S::kSplits> input_ring;
+  static constexpr int kRingUnit = S::kPlainLoop ? 8 : 1;
+  RingConsumer<S::kStages, S::kSplits, kRingUnit> ring;
+  RingConsumer<S::kInputStages, S::kSplits, kRingUnit> input_ring;
 
-  __device__ explicit DecodePlace(uint32_t shared) {
+  __device__ explicit DecodePlace(uint32_t shared) : ring(0, 0), input_ring(0, 0) {
     // By shuffles, so that the compiler knows them to be the same in the whole warp: descriptors then
     // live in uniform registers, and no `R2UR` stands before every wgmma.
     const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
     base = __shfl_sync(0xffffffffu, shared, 0);
     row_tile = warpgroup % S::kRowTiles;
     split = warpgroup / S::kRowTiles;
-    ring = {barriers().full(), barriers().empty(), split};
-    input_ring = {barriers().input_full(), barriers().input_empty(), split};
+    ring = {barriers().full(), split};
+    input_ring = {barriers().input_full(), split};
     words_at = base + S::kWeightsAt + row_tile * S::kRowTileBytes + thread() * 16;
     scales_at = base + S::kScalesAt + row() * 2;
     meta_at = base + S::kWeightsAt + row_tile * S::kRowTileBytes + S::kMetaAt + thread() * 8;
@@ -40,21 +41,21 @@ struct DecodePlace {
 
   // In the current stage.
   __device__ uint64_t input_descriptor() const {
-    return ptx::wgmma_descriptor(base) +
-           static_cast<uint32_t>(input_ring.slot * S::kInputBytes) / 16;
+    return ptx::wgmma_descriptor_of(ptx::wgmma_descriptor_low(base) +
+                                    input_ring.template offset<S::kInputBytes>() / 16);
   }
   __device__ uint4 words(int block) const {
-    return ptx::load_shared<uint4>(words_at + ring.slot * S::kWeightBytes +
+    return ptx::load_shared<uint4>(words_at + ring.template offset<S::kWeightBytes>() +
                                    block * layout::kBytesPerBlock);
   }
   __device__ uint2 meta(int block) const {
-    return load_meta(meta_at + ring.slot * S::kWeightBytes + block * S::kMetaBytes);
+    return load_meta(meta_at + ring.template offset<S::kWeightBytes>() + block * S::kMetaBytes);
   }
   __device__ uint32_t scales(int group) const {
-    return scales_at + ring.slot * S::kScaleBytes + group * S::kRows * 2;
+    return scales_at + ring.template offset<S::kScaleBytes>() + group * S::kRows * 2;
   }
   __device__ uint32_t zeros(int group) const {
-    return base + S::kZerosAt + row() + ring.slot * S::kZeroBytes + group * S::kRows;
+    return base + S::kZerosAt + row() + ring.template offset<S::kZeroBytes>() + group * S::kRows;
   }
 
   // This split's next stage.
@@ -68,14 +69,16 @@ struct DecodePlace {
     ring.advance();
     input_ring.advance();
   }
-  __device__ void release() const {
-    ring.release();
-    input_ring.release();
+  // Of the current stage; given back now, or once what is under way has read it.
+  struct Held {
+    uint32_t weights, input;
+  };
+  __device__ Held hold() const { return {ring.empty(), input_ring.empty()}; }
+  __device__ static void release(const Held& held) {
+    ptx::mbarrier_arrive(held.weights);
+    ptx::mbarrier_arrive(held.input);
   }
-  __device__ void release_previous() const {
-    ring.release_previous();
-    input_ring.release_previous();
-  }
+  __device__ void release() const { release(hold()); }
 };
 
 }  // namespace marlin::cuda::sm90

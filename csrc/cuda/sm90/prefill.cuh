@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(S::kTile.threads(), 1)
     ptx::take_registers<S::kConsumerRegisters>();
     ptx::wait_for_earlier_kernels();
     if (!p.static_weights) ptx::let_next_kernel_start();
-    PrefillConsumer<Element, S>(p, shared, full, empty).run();
+    PrefillConsumer<Element, S>(p, shared, full).run();
   }
 #endif
 }

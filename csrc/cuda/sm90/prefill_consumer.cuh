@@ -6,6 +6,7 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/prefill_tiles.cuh"
+#include "cuda/sm90/ring.cuh"
 
 namespace marlin::cuda::sm90 {
 
@@ -17,129 +18,141 @@ struct PrefillConsumer {
 
   const PrefillParams<Element>& p;
   char* shared;
-  uint32_t full, empty;
   int thread, warpgroup;  // in the warpgroup; which warpgroup, that is, piece of a tile
-  // In the first stage: the activations' descriptor, and this thread's weights and scales. Addresses
-  // of shared memory, since arithmetic on pointers would be done anew for every stage.
-  uint64_t descriptor;
-  uint32_t words_at, scales_at, zeros_at;
-  int slot = 0, parity = 0;
+  // In the first stage: the low half of the activations' descriptor, and this thread's weights and scales.
+  // Addresses of shared memory, since arithmetic on pointers would be done anew for every stage; and kept,
+  // since so would this.
+  uint32_t input_at, words_at, scales_at, zeros_at, meta_at;
+  RingConsumer<S::kStages, 1> ring;
   float sums[kTokens / 2];
 
   __device__ PrefillConsumer(const PrefillParams<Element>& params, char* shared_memory,
-                             uint32_t full_, uint32_t empty_)
+                             uint32_t full)
       : p(params),
         shared(shared_memory),
-        full(full_),
-        empty(empty_),
-        thread(static_cast<int>(threadIdx.x) % 128) {
+        thread(static_cast<int>(threadIdx.x) % 128),
+        ring(full, 0) {
     // By shuffles, so that the compiler knows them to be the same in the whole warp.
     warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
     const uint32_t base = __shfl_sync(0xffffffffu, ptx::shared_address(shared_memory), 0);
-    descriptor = ptx::wgmma_descriptor(base + S::kInputAt);
+    input_at = ptx::wgmma_descriptor_low(base + S::kInputAt);
     words_at = base + S::kWeightsAt + warpgroup * S::kRowBlockBytes + thread * 16;
     scales_at = base + S::kScalesAt + (warpgroup * 64 + row_in_piece()) * 2;
     zeros_at = base + S::kZerosAt + warpgroup * 64 + row_in_piece();
-  }
-
-  // This thread's, in the first stage.
-  __device__ uint32_t meta_at() const {
-    return words_at - thread * 16 - warpgroup * S::kRowBlockBytes - S::kWeightsAt + S::kMetaAt +
-           warpgroup * S::kMetaBytes + thread * 8;
+    meta_at = base + S::kMetaAt + warpgroup * S::kMetaBytes + thread * 8;
+    for (uint32_t* kept : {&input_at, &words_at, &scales_at, &zeros_at, &meta_at}) {
+      ptx::keep(*kept);
+    }
   }
 
   __device__ int row_in_piece() const { return thread / 32 * 16 + thread % 32 / 4; }
 
-  __device__ void next_slot() {
-    if (++slot == kStages) slot = 0, parity ^= 1;
-  }
-
-  __device__ void give_back_previous() const {
-    ptx::mbarrier_arrive(empty + 8 * (slot == 0 ? kStages - 1 : slot - 1));
-  }
-
   // A tile's stages, where this warpgroup has no piece of it.
   __device__ void skip(int stages) {
     for (int i = 0; i < stages; ++i) {
-      ptx::mbarrier_wait(full + 8 * slot, parity);
-      next_slot();
-      give_back_previous();
+      ring.wait();
+      ptx::mbarrier_arrive(ring.empty());
+      ring.advance();
     }
   }
 
   // Scales, in both halves of a register, for rows g and g + 8; and what to subtract from nibbles.
   struct RowFactors {
-    uint32_t scale[2], subtrahend[2] = {layout::subtrahend<Format>(layout::kSymmetricZero, 0),
-                                        layout::subtrahend<Format>(layout::kSymmetricZero, 1)};
+    uint32_t scale[2], subtrahend[2];
   };
 
-  __device__ void load(RowFactors& factors, uint32_t stage, int group) const {
+  // Of a stage's groups; kPlain: without zero points.
+  template <bool kPlain, int kGroups>
+  __device__ void load(RowFactors (&factors)[kGroups], uint32_t stage) const {
+    const auto row_of = [&](int g) {
+      return (S::kPeriod == 32 ? g : g * p.groups_per_block) * S::kRows;
+    };
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      factors.scale[i] =
-          ptx::load_shared<uint16_t>(scales_at + stage + (group * S::kRows + 8 * i) * 2) * 0x10001u;
-    }
-    if (p.has_zeros) {
+    for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        factors.subtrahend[i] = layout::subtrahend<Format>(
-            ptx::load_shared<uint8_t>(zeros_at + stage + group * S::kRows + 8 * i), i);
+        factors[g].scale[i] =
+            ptx::twice(ptx::load_shared<uint16_t>(scales_at + stage + (row_of(g) + 8 * i) * 2));
+        factors[g].subtrahend[i] = layout::subtrahend<Format>(layout::kSymmetricZero, i);
+      }
+    }
+    if constexpr (!kPlain) {
+      if (!p.has_zeros) return;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          factors[g].subtrahend[i] = layout::subtrahend<Format>(
+              ptx::load_shared<uint8_t>(zeros_at + stage + row_of(g) + 8 * i), i);
+        }
       }
     }
   }
 
-  // A tile's stages. A stage is given back when the first multiplications of the next have been
-  // issued, since at most three may be unfinished then.
+  // A tile's stages. A batch of steps is multiplied while the next is converted; a stage is given back when
+  // the first batch of the next has been issued. Every instruction here counts: beside multiplications of
+  // 144 tokens and fewer a warp's other instructions take time of their own. So symmetric weights whose
+  // scales are at least a stage apart have a loop of their own (kPlain).
+  static constexpr int kStageGroups = S::kStageBlocks * S::kSets;
+  static constexpr bool kPlainLoop = kTokens < 160 && S::kPeriod > 32;
+  __device__ bool plain() const {
+    return kPlainLoop && !p.has_zeros && (kStageGroups == 1 || p.groups_per_block == 0);
+  }
+
+  template <bool kPlain>
   __device__ void multiply(int stages) {
-    constexpr int kSets = S::kSets;
-    uint32_t a[4][4];
-    RowFactors factors[kSets];
-    asm volatile("" : "+r"(stages));  // or it is computed anew for every stage
+    constexpr int kSteps = S::kStageBlocks * 4;
+    constexpr int kBatch = S::kStageBlocks == 2 ? 4 : 2;  // steps, which lie in one half of `a`
+    static_assert(kSteps % (2 * kBatch) == 0);
+    constexpr int kGroups = kPlain ? 1 : kStageGroups;
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
+    uint32_t a[2 * kBatch][4], previous = 0;
 #pragma unroll 1
-    for (int i = 0; i < stages; ++i) {
-      ptx::mbarrier_wait(full + 8 * slot, parity);
-      const uint32_t stage = slot * S::kStageBytes;
-      const uint64_t b = descriptor + stage / 16;
+    for (int left = stages; left > 0; --left) {
+      ring.wait();
+      const uint32_t stage = ring.template offset<S::kStageBytes>();
       uint4 words[S::kStageBlocks];  // loaded together: their latency then shows once
 #pragma unroll
       for (int block = 0; block < S::kStageBlocks; ++block) {
         words[block] = ptx::load_shared<uint4>(words_at + stage + block * layout::kBytesPerBlock);
       }
+      RowFactors factors[kGroups];
+      load<kPlain>(factors, stage);
+      const uint64_t b = ptx::wgmma_descriptor_of(input_at + stage / 16);
+      uint2 meta{};
 #pragma unroll
-      for (int block = 0; block < S::kStageBlocks; ++block) {
-        const uint4& word = words[block];
+      for (int step = 0; step < kSteps; step += kBatch) {
 #pragma unroll
-        for (int set = 0; set < kSets; ++set) {
-          const int at = block * kSets + set;
-          load(factors[set], stage, S::kPeriod == 32 ? at : at * p.groups_per_block);
+        for (int i = step; i < step + kBatch; ++i) {
+          const RowFactors& factor = factors[i * kGroups / kSteps];
+          convert<Element>(a[i % (2 * kBatch)], (&words[i / 4].x)[i % 4], factor.subtrahend);
+          multiply_pairs<Element>(a[i % (2 * kBatch)], factor.scale);
         }
-        uint2 meta{};
+        if (S::kSparse && step % 4 == 0) {
+          ptx::wgmma_wait<0>();
+          meta = load_meta(meta_at + stage + step / 4 * layout::kMetaBytesPerBlock);
+        }
+        ptx::wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < 4; ++step) {
-          const RowFactors& factor = factors[step * kSets / 4];
-          convert<Element>(a[step], (&word.x)[step], factor.subtrahend);
-          multiply_pairs<Element>(a[step], factor.scale);
-          if (S::kSparse && step == 0) {
-            ptx::wgmma_wait<0>();
-            meta = load_meta(meta_at() + stage + block * layout::kMetaBytesPerBlock);
-          }
-          ptx::wgmma_fence();
+        for (int i = step; i < step + kBatch; ++i) {
           multiply_step<Element, kTokens, S::kSparse>(
-              sums, a[step], meta, input_of_step<S::kSparse>(b, block * 4 + step, p.input_tokens),
-              step, (i | block | step) != 0);
-          ptx::wgmma_commit();
-          ptx::wgmma_wait<3>();
+              sums, a[i % (2 * kBatch)], meta, input_of_step<S::kSparse>(b, i, p.input_tokens),
+              i % 4, true);
         }
-        if (block == 0 && i > 0) give_back_previous();
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        if (step == 0 && previous) ptx::mbarrier_arrive(previous);
       }
-      next_slot();
+      previous = ring.empty();
+      ring.advance();
     }
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) {
       asm volatile("" : "+f"(sums[i])::"memory");  // not read before the wait
     }
-    give_back_previous();
+    ptx::mbarrier_arrive(previous);
   }
 
   __device__ float bias_of(int row) const {
@@ -255,7 +268,11 @@ struct PrefillConsumer {
   __device__ void run() {
     for (Cursor tile(p); tile.valid(); tile.advance()) {
       if (warpgroup < tile.pieces()) {
-        multiply(tile.stages());
+        if (plain()) {
+          multiply<true>(tile.stages());
+        } else {
+          multiply<false>(tile.stages());
+        }
         finish(tile);
       } else {
         skip(tile.stages());
