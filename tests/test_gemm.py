@@ -201,7 +201,7 @@ def test_tiles_shared_over_memory(sparse: bool, sms: int) -> None:
             _inspect.force_plan(kernel["id"], sms=sms, shares=True)
             ms = [max(kernel["tokens"] - 1, 1)]  # less than a tile a block
             if kernel["any_m"]:
-                ms.append(12 * kernel["tokens"] + 5)  # more
+                ms.append(16 * kernel["tokens"] + 5)  # more
             for m in ms:
                 x = make_input(m, 2048, dtype=torch.float16, device="cuda")
                 expected = weight.gemm(x)

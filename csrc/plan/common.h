@@ -21,7 +21,7 @@ inline int scale_period(const Problem& problem) {
 
 // How far the card's power limit holds its clock back: 0, or up to 1 as products go from 4 to 64 G
 // multiplications. A multiplication then takes up to kPowerLimit longer. Fitted to an H200.
-constexpr double kPowerLimit = 0.13;
+constexpr double kPowerLimit = 0.084;
 inline double power_limit(const Problem& problem) {
   const double work = static_cast<double>(problem.m) * static_cast<double>(problem.n) *
                       static_cast<double>(problem.k);

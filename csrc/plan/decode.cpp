@@ -106,16 +106,35 @@ double us_of_few_tokens(const DecodePlan& plan) {
   return kStart + most * (of_tile + (tall ? 0.9 : 0));
 }
 
+// 33 to 64 tokens, for which a prefill kernel may be faster: where tiles do not go round the pairs, and for very
+// large layers. Fitted, after the model of prefill kernels, to the kernels' times with 40, 48 and 64 tokens at 38
+// layers: where prefill kernels must be 5% better to be taken, a tenth of the gain is missed, and the four that are
+// slower are so by up to 5%.
+constexpr double kPrefillForCertain = 1.05;
+double us_of_some_tokens(const DecodePlan& plan, double limit) {
+  constexpr double kStart = 1.6;
+  const DecodeTile& tile = plan.kernel.tile;
+  const bool tall = tile.row_tiles == 2;
+  const double of_1024_columns =
+      tile.sparse ? (tall ? 2.19 + 0.0054 * tile.tokens : 1.05 + 0.0042 * tile.tokens)
+                  : (tall ? 1.42 + 0.0232 * tile.tokens : 0.97 + 0.0167 * tile.tokens);
+  const double end = tile.sparse ? 0.58 : tall ? 1.42 : 0.72;
+  const int64_t of_pair = ceil_div(plan.row_tiles, plan.blocks / plan.cluster);
+  const double most = static_cast<double>(of_pair) / plan.cluster;
+  return (kStart + most * (columns_of_tile(plan) * of_1024_columns + end)) *
+         (1 + kPowerLimit * limit);
+}
+
 // 1024 columns of a tile.
 double us_of_1024_columns(const DecodeTile& tile, int token_tiles) {
   const bool tall = tile.row_tiles == 2;
   if (!tile.sparse) {
-    if (!tall) return 0.28 + 0.0235 * tile.tokens;
-    return 1.25 + 0.032 * tile.tokens + (tile.tokens > 144 ? 0.3 : 0);
+    if (!tall) return 0.42 + 0.021 * tile.tokens;
+    return 0.62 + 0.036 * tile.tokens + (tile.tokens > 144 ? 0.3 : 0);
   }
   // Several 2:4 token tiles find weights in L2, but those of 64 rows read the more activations from there.
-  if (!tall) return (0.63 + 0.0128 * tile.tokens) * (token_tiles == 1 ? 1 : 1.06);
-  return (1.0 + 0.0245 * tile.tokens) * (token_tiles == 1 ? 1 : 0.95);
+  if (!tall) return (0.65 + 0.012 * tile.tokens) * (token_tiles == 1 ? 1 : 1.06);
+  return (0.99 + 0.024 * tile.tokens) * (token_tiles == 1 ? 1 : 0.95);
 }
 
 // Many tokens: every tile has an end, and one that a pair shares an exchange of sums. Where some pairs have a tile
@@ -124,7 +143,7 @@ double us_of_1024_columns(const DecodeTile& tile, int token_tiles) {
 // the fastest at 4639 sizes of 65 to 8192 tokens: the kernel that the models take is 0.5% slower on the mean than
 // the fastest there is.
 double us_of_many_tokens(const DecodePlan& plan, double limit) {
-  constexpr double kStart = 1.2, kPerToken = 0.006, kExchange = 1.1, kHidden = 1.4;
+  constexpr double kStart = 0.9, kPerToken = 0.006, kExchange = 0.9, kHidden = 1.4;
   constexpr double kOneTokenTile = 0.97, kSparse = 0.97, kTall = 1.05, kDense = 1.02;
   const DecodeTile& tile = plan.kernel.tile;
   const bool tall = tile.row_tiles == 2;
@@ -134,7 +153,7 @@ double us_of_many_tokens(const DecodePlan& plan, double limit) {
   const double most = static_cast<double>(of_pair) / plan.cluster;
   const double mean = static_cast<double>(tiles) / plan.blocks;
   const bool share_a_tile = of_pair % plan.cluster != 0;
-  const double us = kStart + kPerToken * tile.tokens + most * (of_tile + (tall ? 2.4 : 1.3)) +
+  const double us = kStart + kPerToken * tile.tokens + most * (of_tile + (tall ? 2.7 : 1.8)) +
                     (share_a_tile ? kExchange : -std::min(kHidden, (most - mean) * of_tile));
   const double of_kind = tile.sparse ? kSparse : tall ? kTall : kDense;
   return us * (1 + kPowerLimit * limit) * of_kind * (plan.token_tiles == 1 ? kOneTokenTile : 1);
@@ -229,6 +248,12 @@ std::optional<DecodePlan> select_decode(const Problem& problem) {
   if (!problem.device.wgmma) return std::nullopt;
   const auto pairs = select_for_few_tokens(problem, false);
   if (!pairs) return select_for_many_tokens(problem);
+  constexpr int64_t kFew = 32;
+  if (problem.m > kFew) {
+    const double limit = power_limit(problem);
+    const double prefill = estimated_us(*select_prefill(problem), limit);
+    return kPrefillForCertain * prefill < us_of_some_tokens(*pairs, limit) ? std::nullopt : pairs;
+  }
   // Of the same rows only: where the table takes more of them, power is the bound, of which the model knows
   // nothing (57344 x 8192, M = 32: 84 us with runs of 64 rows, 79 with pairs of 128; H200).
   const auto runs = select_for_few_tokens(problem, true);

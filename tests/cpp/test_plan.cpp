@@ -256,7 +256,7 @@ TEST(Plan, DecodeGridsDoEverythingOnce) {
     if (problem.sparse) problem.k = (problem.k + 3) / 4 * 4;
     if (i % 5 == 0) problem.device.sm_count = static_cast<int>(up_to(200));
     const auto plan = select_decode(problem);
-    ASSERT_TRUE(plan.has_value() || problem.m > 64);
+    ASSERT_TRUE(plan.has_value() || problem.m > 32);
     if (plan) {
       ASSERT_NO_FATAL_FAILURE(check_decode(problem, *plan));
     }
@@ -302,80 +302,73 @@ TEST(Plan, ManyTokensTakeWhatWasMeasuredToBeFastest) {
     bool shares;  // of prefill kernels
   };
   for (const Case& c :
-       std::initializer_list<Case>{{1024, 5120, 27648, false, "prefill_t256_r128_k64", true},
-                                   {4096, 4096, 14336, false, "prefill_t256_r128_k64", false},
-                                   {2560, 3584, 14336, false, "prefill_t256_r128_k64", true},
-                                   {480, 27648, 5120, false, "prefill_t160_r192_k64", true},
-                                   {129, 57344, 8192, false, "prefill_t144_r192_k64", true},
-                                   {832, 8192, 8192, false, "prefill_t208_r128_k64", false},
-                                   {400, 28672, 4096, false, "prefill_t208_r128_k64", true},
-                                   {256, 28672, 4096, false, "prefill_t128_r192_k128", true},
-                                   {512, 57344, 8192, false, "prefill_t128_r192_k128", true},
-                                   {2048, 1024, 4096, false, "prefill_t128_r128_k128", false},
-                                   {4096, 8192, 8192, true, "prefill_24_t160_r192_k128", true},
-                                   {6144, 6144, 4096, true, "prefill_24_t160_r192_k128", true},
-                                   {512, 8192, 8192, true, "prefill_24_t128_r192_k128", true},
-                                   {320, 57344, 8192, true, "prefill_24_t160_r192_k128", true},
-                                   {240, 4096, 11008, true, "decode_24_t128_r128_k128_s1", true},
-                                   {512, 1024, 8192, true, "decode_24_t128_r64_k128_s2", true},
-                                   {65, 8192, 8192, true, "decode_24_t80_r64_k256_s2", true},
-                                   {1536, 256, 7168, true, "decode_24_t96_r64_k128_s2", true},
-                                   {224, 4096, 14336, false, "decode_t112_r128_k128_s1", true},
-                                   {432, 1024, 8192, false, "decode_t112_r64_k128_s2", true},
-                                   {120, 8192, 8192, false, "decode_t128_r128_k128_s1", true},
+       std::initializer_list<Case>{{208, 4096, 11008, false, "decode_t112_r128_k128_s1", true},
+                                   {100, 7168, 2048, false, "decode_t112_r64_k128_s2", true},
+                                   {240, 4096, 11008, false, "decode_t128_r128_k128_s1", true},
                                    {500, 1024, 8192, false, "decode_t128_r64_k128_s2", true},
-                                   {264, 4096, 14336, false, "decode_t144_r128_k128_s1", true},
-                                   {144, 8192, 1024, false, "decode_t144_r64_k128_s2", true},
-                                   {320, 4096, 11008, false, "decode_t160_r128_k128_s1", true},
-                                   {80, 4608, 3584, false, "decode_t80_r64_k128_s3", true},
-                                   {168, 2048, 14336, false, "decode_t96_r64_k128_s3", true},
-                                   {448, 4096, 1024, true, "prefill_24_t112_r128_k128", false},
-                                   {200, 4608, 3584, true, "prefill_24_t112_r128_k128", true},
-                                   {208, 37888, 3584, true, "prefill_24_t112_r192_k128", false},
-                                   {208, 27648, 5120, true, "prefill_24_t112_r192_k128", true},
-                                   {1024, 2048, 2048, true, "prefill_24_t128_r128_k128", false},
-                                   {120, 10240, 8192, true, "prefill_24_t128_r128_k128", true},
-                                   {1024, 3072, 3072, true, "prefill_24_t128_r192_k128", false},
-                                   {256, 128256, 4096, true, "prefill_24_t128_r192_k128", true},
-                                   {400, 5120, 5120, true, "prefill_24_t144_r128_k128", false},
-                                   {136, 7168, 5120, true, "prefill_24_t144_r128_k128", true},
-                                   {400, 7168, 2048, true, "prefill_24_t144_r192_k128", false},
-                                   {264, 128256, 4096, true, "prefill_24_t144_r192_k128", true},
-                                   {1800, 2048, 2048, true, "prefill_24_t160_r192_k128", false},
-                                   {152, 8192, 28672, true, "prefill_24_t160_r192_k128", true},
-                                   {688, 4096, 4096, true, "prefill_24_t176_r128_k128", false},
-                                   {168, 10240, 8192, true, "prefill_24_t176_r128_k128", true},
-                                   {6144, 1024, 1024, true, "prefill_24_t192_r128_k128", false},
-                                   {192, 27648, 5120, true, "prefill_24_t192_r128_k128", true},
-                                   {320, 6144, 4096, true, "prefill_24_t80_r192_k128", false},
-                                   {66, 28672, 4096, true, "prefill_24_t80_r192_k128", true},
-                                   {576, 2560, 2560, true, "prefill_24_t96_r128_k128", false},
-                                   {272, 3072, 3072, true, "prefill_24_t96_r128_k128", true},
-                                   {352, 6144, 4096, true, "prefill_24_t96_r192_k128", false},
-                                   {96, 8192, 28672, true, "prefill_24_t96_r192_k128", true},
-                                   {448, 4096, 512, false, "prefill_t112_r128_k128", false},
-                                   {224, 4608, 3584, false, "prefill_t112_r128_k128", true},
-                                   {512, 4096, 512, false, "prefill_t128_r128_k128", false},
-                                   {256, 5120, 5120, false, "prefill_t128_r128_k128", true},
-                                   {608, 4608, 3584, false, "prefill_t128_r192_k128", false},
+                                   {264, 4096, 11008, false, "decode_t144_r128_k128_s1", true},
+                                   {136, 4096, 14336, false, "decode_t144_r64_k128_s2", true},
+                                   {160, 8192, 8192, false, "decode_t160_r128_k128_s1", true},
+                                   {144, 4096, 512, false, "decode_t80_r64_k128_s3", true},
+                                   {168, 4096, 4096, false, "decode_t96_r64_k128_s3", true},
+                                   {1152, 1536, 4096, false, "prefill_t112_r128_k128", false},
+                                   {100, 5120, 13824, false, "prefill_t112_r128_k128", true},
+                                   {544, 4608, 3584, false, "prefill_t112_r192_k128", false},
+                                   {100, 57344, 8192, false, "prefill_t112_r192_k128", true},
+                                   {736, 2560, 2560, false, "prefill_t128_r128_k128", false},
+                                   {120, 10240, 8192, false, "prefill_t128_r128_k128", true},
+                                   {480, 6144, 4096, false, "prefill_t128_r192_k128", false},
                                    {128, 128256, 4096, false, "prefill_t128_r192_k128", true},
-                                   {544, 4096, 1024, false, "prefill_t144_r128_k128", false},
-                                   {144, 5120, 13824, false, "prefill_t144_r128_k128", true},
-                                   {1152, 3072, 3072, false, "prefill_t144_r192_k64", false},
+                                   {272, 7168, 2048, false, "prefill_t144_r128_k128", false},
+                                   {136, 5120, 13824, false, "prefill_t144_r128_k128", true},
+                                   {432, 7168, 2048, false, "prefill_t144_r192_k64", false},
+                                   {272, 27648, 5120, false, "prefill_t144_r192_k64", true},
                                    {304, 8192, 1024, false, "prefill_t160_r128_k64", false},
-                                   {152, 5120, 5120, false, "prefill_t160_r128_k64", true},
-                                   {640, 6144, 4096, false, "prefill_t160_r192_k64", false},
-                                   {688, 4096, 1024, false, "prefill_t176_r128_k64", false},
-                                   {176, 18944, 3584, false, "prefill_t176_r128_k64", true},
-                                   {576, 11008, 4096, false, "prefill_t192_r128_k64", false},
-                                   {184, 10240, 8192, false, "prefill_t192_r128_k64", true},
+                                   {304, 37888, 3584, false, "prefill_t160_r192_k64", false},
+                                   {320, 128256, 4096, false, "prefill_t160_r192_k64", true},
+                                   {688, 4096, 4096, false, "prefill_t176_r128_k64", false},
+                                   {352, 14336, 4096, false, "prefill_t176_r128_k64", true},
+                                   {3072, 1024, 1024, false, "prefill_t192_r128_k64", false},
+                                   {184, 128256, 4096, false, "prefill_t192_r128_k64", true},
                                    {608, 11008, 4096, false, "prefill_t208_r128_k64", false},
-                                   {200, 18944, 3584, false, "prefill_t208_r128_k64", true},
-                                   {896, 4096, 11008, false, "prefill_t224_r128_k64", false},
-                                   {224, 57344, 8192, false, "prefill_t224_r128_k64", true},
-                                   {8192, 512, 4096, false, "prefill_t256_r128_k64", false},
-                                   {184, 8192, 1024, false, "prefill_t96_r128_k128", false},
-                                   {96, 27648, 5120, false, "prefill_t96_r128_k128", true}}) {
+                                   {200, 27648, 5120, false, "prefill_t208_r128_k64", true},
+                                   {1024, 4096, 11008, false, "prefill_t256_r128_k64", false},
+                                   {2560, 3584, 18944, false, "prefill_t256_r128_k64", true},
+                                   {152, 7168, 2048, false, "prefill_t80_r128_k128", false},
+                                   {80, 2048, 14336, false, "prefill_t80_r128_k128", true},
+                                   {400, 4608, 3584, false, "prefill_t80_r192_k128", false},
+                                   {66, 57344, 8192, false, "prefill_t80_r192_k128", true},
+                                   {176, 7168, 2048, false, "prefill_t96_r128_k128", false},
+                                   {96, 5120, 13824, false, "prefill_t96_r128_k128", true},
+                                   {500, 2048, 14336, true, "decode_24_t128_r128_k128_s1", true},
+                                   {128, 4096, 11008, true, "decode_24_t128_r64_k128_s2", true},
+                                   {66, 4096, 14336, true, "decode_24_t80_r64_k256_s2", true},
+                                   {88, 256, 7168, true, "decode_24_t96_r64_k128_s2", true},
+                                   {224, 7168, 5120, true, "prefill_24_t112_r128_k128", false},
+                                   {112, 10240, 8192, true, "prefill_24_t112_r128_k128", true},
+                                   {200, 11008, 4096, true, "prefill_24_t112_r192_k128", false},
+                                   {200, 27648, 5120, true, "prefill_24_t112_r192_k128", true},
+                                   {512, 4096, 11008, true, "prefill_24_t128_r128_k128", false},
+                                   {512, 37888, 3584, true, "prefill_24_t128_r192_k128", false},
+                                   {512, 57344, 8192, true, "prefill_24_t128_r192_k128", true},
+                                   {144, 14336, 4096, true, "prefill_24_t144_r128_k128", false},
+                                   {136, 3584, 14336, true, "prefill_24_t144_r128_k128", true},
+                                   {832, 4096, 14336, true, "prefill_24_t144_r192_k128", false},
+                                   {688, 5120, 5120, true, "prefill_24_t144_r192_k128", true},
+                                   {960, 4096, 4096, true, "prefill_24_t160_r192_k128", false},
+                                   {152, 28672, 4096, true, "prefill_24_t160_r192_k128", true},
+                                   {184, 14336, 4096, true, "prefill_24_t192_r128_k128", false},
+                                   {832, 1024, 1024, true, "prefill_24_t64_r128_k128", false},
+                                   {152, 8192, 8192, true, "prefill_24_t80_r128_k128", false},
+                                   {80, 11008, 4096, true, "prefill_24_t80_r128_k128", true},
+                                   {80, 28672, 4096, true, "prefill_24_t80_r256_k128", false},
+                                   {72, 57344, 8192, true, "prefill_24_t80_r256_k128", true},
+                                   {272, 4608, 3584, true, "prefill_24_t96_r128_k128", false},
+                                   {88, 10240, 8192, true, "prefill_24_t96_r128_k128", true},
+                                   {384, 6144, 4096, true, "prefill_24_t96_r192_k128", false},
+                                   {192, 18944, 3584, true, "prefill_24_t96_r192_k128", true},
+                                   {448, 8192, 8192, false, "prefill_t224_r128_k64", false},
+                                   {224, 57344, 8192, false, "prefill_t224_r128_k64", true}}) {
     Problem problem{c.m, c.n, c.k, 128, device_of(90, 132), c.sparse};
     problem.device.wgmma = true;
     const std::string what =
@@ -522,7 +515,7 @@ TEST(Plan, SparseWeightsHaveKernelsForAnyNumberOfTokensOnHopper) {
   Problem problem{1, 8192, 8192, 128, device_of(90, 132), true};
   problem.device.wgmma = true;
   for (problem.m = 1; problem.m < 600; ++problem.m) {
-    if (problem.m <= 64) {  // of more the model decides
+    if (problem.m <= 32) {  // of more the model decides
       EXPECT_TRUE(select_decode(problem).has_value()) << problem.m;
     }
     EXPECT_TRUE(select_prefill(problem).has_value());
@@ -540,7 +533,7 @@ TEST(Plan, DecodeSharesTilesOverMemoryWhereThatIsFaster) {
     const auto plan = select_decode(problem);
     return plan && plan->kernel.tile.runs;
   };
-  for (const int m : {1, 16, 32, 64}) {
+  for (const int m : {1, 16, 32}) {
     EXPECT_TRUE(runs(m, 5120, 27648)) << m;  // on an H200 8 to 36% faster
     EXPECT_FALSE(runs(m, 5120, 5120)) << m;  // 2 to 19% slower
     EXPECT_FALSE(runs(m, 4096, 4096)) << m;  // 34 to 40% slower
@@ -548,6 +541,24 @@ TEST(Plan, DecodeSharesTilesOverMemoryWhereThatIsFaster) {
     EXPECT_FALSE(runs(m, 57344, 8192)) << m;
     EXPECT_FALSE(runs(m, 73728, 18432)) << m;
   }
+}
+
+// With 33 to 64 tokens prefill kernels do, and very large layers as well.
+TEST(Plan, SomeTokensTakePrefillKernelsWhereThatIsFaster) {
+  const auto decodes = [](int64_t m, int64_t n, int64_t k, bool sparse) {
+    Problem problem{m, n, k, 128, device_of(90, 132), sparse};
+    problem.device.wgmma = true;
+    return select_decode(problem).has_value();
+  };
+  for (const bool sparse : {false, true}) {
+    for (const int m : {40, 48, 64}) {                         // on an H200
+      EXPECT_EQ(decodes(m, 5120, 27648, sparse), false) << m;  // 16 to 40% slower
+      EXPECT_TRUE(decodes(m, 4096, 4096, sparse)) << m;        // 60% faster
+      EXPECT_TRUE(decodes(m, 8192, 8192, sparse)) << m;        // 12 to 30% faster
+    }
+  }
+  EXPECT_FALSE(decodes(64, 57344, 8192, true));  // 9% slower
+  EXPECT_FALSE(decodes(64, 28672, 4096, true));  // 9% slower
 }
 
 TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {
@@ -647,7 +658,7 @@ TEST(Plan, TestsOnAGpuReachSharedAndWholeTiles) {
   for (const bool sparse : {false, true}) {
     for (const PrefillKernel& kernel : prefill_kernels(sparse)) {
       EXPECT_TRUE(reaches(kernel, {33, 300, 450}, 776, 700, {5, 7})) << kernel.name();
-      const int64_t many = 12 * kernel.tile.tokens + 5;
+      const int64_t many = 16 * kernel.tile.tokens + 5;
       EXPECT_TRUE(reaches(kernel, {many}, 5056, 2048, {132})) << kernel.name();
     }
   }
