@@ -57,9 +57,9 @@ cpp-test: build ## C++ tests (needs GoogleTest: apt install libgtest-dev)
 	$(ENVIRONMENT) cmake --build build/cmake --target marlin_tests --parallel $${MAX_JOBS:-$$(nproc)}
 	$(ENVIRONMENT) ctest --test-dir build/cmake --output-on-failure
 
-bare: ## build/bare/{memory,loop}: what the hardware allows, for an H200 (needs nvcc)
+bare: ## build/bare/{memory,loop,issue}: what the hardware allows, for an H200 (needs nvcc)
 	mkdir -p build/bare
-	for name in memory loop; do \
+	for name in memory loop issue; do \
 	  $(NVCC) -O3 -std=c++20 --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a -Icsrc -Icsrc/include \
 	    -o build/bare/$$name benchmarks/bare/$$name.cu csrc/cuda/sm90/tensor_map.cu; done
 

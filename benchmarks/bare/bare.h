@@ -1,5 +1,6 @@
 // What the bare kernels share: kernels of one idea each, which say what the hardware allows where the
-// real kernels only say what they reach. Build: `make bare`; run: build/bare/memory, build/bare/loop.
+// real kernels only say what they reach. Build: `make bare`; run: build/bare/memory, build/bare/loop,
+// build/bare/issue.
 #pragma once
 
 #include <cuda_fp16.h>
