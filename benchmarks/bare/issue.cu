@@ -11,16 +11,13 @@ namespace {
 using namespace marlin;
 using bare::check;
 
-// What the instructions are: of one pipe (logic, half precision), of both in turn, or of either as the compiler
-// likes (additions).
-enum class Kind { kLogic, kHalf, kBoth, kAdd };
+// What the instructions are: of one pipe, logic or half precision, or of both in turn.
+enum class Kind { kLogic, kHalf, kBoth };
 
 template <Kind kKind>
 __device__ __forceinline__ void issue(uint32_t& x, uint32_t y, int i) {
   const bool logic = kKind == Kind::kLogic || (kKind == Kind::kBoth && i % 2 == 0);
-  if (kKind == Kind::kAdd) {
-    asm volatile("add.u32 %0, %0, %1;" : "+r"(x) : "r"(y));
-  } else if (logic) {
+  if (logic) {
     asm volatile("lop3.b32 %0, %0, 0x3c003c, %1, 0xEA;" : "+r"(x) : "r"(y));
   } else {
     asm volatile("sub.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
@@ -102,7 +99,6 @@ void measure(int64_t* cycles, float* sink) {
   row.template operator()<Kind::kLogic>("logic");
   row.template operator()<Kind::kHalf>("half");
   row.template operator()<Kind::kBoth>("both");
-  row.template operator()<Kind::kAdd>("add");
 }
 
 }  // namespace
