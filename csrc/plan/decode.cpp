@@ -106,8 +106,8 @@ double us_of_few_tokens(const DecodePlan& plan) {
   return kStart + most * (of_tile + (tall ? 0.9 : 0));
 }
 
-// 33 to 64 tokens, for which a prefill kernel may be faster: where tiles do not go round the pairs, and for very
-// large layers. Fitted, after the model of prefill kernels, to the kernels' times with 40, 48 and 64 tokens at 38
+// 33 to 64 tokens, for which a prefill kernel may be faster: where tiles do not go round the pairs, and for large 2:4
+// layers. (That pairs may get half a tile is not looked at.) Fitted, after the model of prefill kernels, to the kernels' times with 40, 48 and 64 tokens at 38
 // layers: where prefill kernels must be 5% better to be taken, a tenth of the gain is missed, and the four that are
 // slower are so by up to 5%.
 constexpr double kPrefillForCertain = 1.05;
@@ -140,8 +140,8 @@ double us_of_1024_columns(const DecodeTile& tile, int token_tiles) {
 // Many tokens: every tile has an end, and one that a pair shares an exchange of sums. Where some pairs have a tile
 // less than others, the next kernel's first pairs start there early; so it was where the others shared no tile. One
 // token tile was faster than that. Fitted, with the model of prefill kernels, to times of those kernels that may be
-// the fastest at 4639 sizes of 65 to 8192 tokens: the kernel that the models take is 0.5% slower on the mean than
-// the fastest there is.
+// the fastest at 910 sizes of 65 to 8192 tokens: the kernel that the models take is 0.3 (dense) and 0.6% (2:4) slower
+// on the mean than the fastest there is.
 double us_of_many_tokens(const DecodePlan& plan, double limit) {
   constexpr double kStart = 0.9, kPerToken = 0.006, kExchange = 0.9, kHidden = 1.4;
   constexpr double kOneTokenTile = 0.97, kSparse = 0.97, kTall = 1.05, kDense = 1.02;
@@ -165,6 +165,7 @@ std::optional<DecodePlan> select_for_few_tokens(const Problem& problem, bool run
     const bool suits_layer =
         runs || problem.n <= kernel.most_n || problem.n * problem.k <= kernel.most_weights;
     if (kernel.tile.runs != runs || kernel.tile.many_tokens() || !suits_layer) continue;
+    if (!kernel.tile.looks_ahead(scale_period(problem))) continue;
     if (kernel.tile.tokens >= problem.m) return decode_plan_with(kernel, true, problem);
   }
   return std::nullopt;

@@ -105,6 +105,9 @@ struct DecodeTile {
     return (room / each < most ? room / each : most) / splits * splits;
   }
 
+  // Whether every split has its next stage's weights asked for while it does one.
+  constexpr bool looks_ahead(int period) const { return stages(period) >= 2 * splits; }
+
   // Of weights, that a block may ask for before their scales; the ring never starts full. Four where a stage is
   // of few activations (2:4, 8192 x 8192, M = 1: 7.6 us, with three 7.7) or every split's first is among them
   // (4096 x 14336, M = 16: 9.6 both, with two 9.7); else three: 11.2 and not 11.4 at 4096 x 14336, M = 32, 5.1

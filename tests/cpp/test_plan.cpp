@@ -543,7 +543,7 @@ TEST(Plan, DecodeSharesTilesOverMemoryWhereThatIsFaster) {
   }
 }
 
-// With 33 to 64 tokens prefill kernels do, and very large layers as well.
+// With 33 to 64 tokens prefill kernels do, and for large 2:4 layers as well.
 TEST(Plan, SomeTokensTakePrefillKernelsWhereThatIsFaster) {
   const auto decodes = [](int64_t m, int64_t n, int64_t k, bool sparse) {
     Problem problem{m, n, k, 128, device_of(90, 132), sparse};
@@ -559,6 +559,39 @@ TEST(Plan, SomeTokensTakePrefillKernelsWhereThatIsFaster) {
   }
   EXPECT_FALSE(decodes(64, 57344, 8192, true));  // 9% slower
   EXPECT_FALSE(decodes(64, 28672, 4096, true));  // 9% slower
+
+  const auto name = [](int64_t m, int64_t n, int64_t k, bool sparse) {
+    Problem problem{m, n, k, 128, device_of(90, 132), sparse};
+    problem.device.wgmma = true;
+    return select_prefill(problem)->kernel.name();
+  };
+  EXPECT_EQ(name(48, 5120, 27648, false), "sm90_prefill_t48_r192_k128");
+  EXPECT_EQ(name(64, 5120, 27648, false), "sm90_prefill_t64_r192_k128");
+  EXPECT_EQ(name(48, 5120, 27648, true), "sm90_prefill_24_t48_r192_k128");
+  EXPECT_EQ(name(64, 28672, 4096, true), "sm90_prefill_24_t64_r256_k128");
+}
+
+// Stages of 256 columns and near scales leave the 128-row kernel for 48 tokens no room to look ahead.
+TEST(Plan, DecodeKernelsThatAreTakenLookAhead) {
+  for (const int64_t group : {32, 64, 128}) {
+    for (const bool sparse : {false, true}) {
+      for (const int64_t n : {1024, 4096, 8192, 10240, 28672, 57344}) {
+        for (int64_t m = 1; m <= 600; ++m) {
+          Problem problem{m, n, 8192, group, device_of(90, 132), sparse};
+          problem.device.wgmma = true;
+          const auto plan = select_decode(problem);
+          if (!plan) continue;
+          ASSERT_TRUE(plan->kernel.tile.looks_ahead(plan->period))
+              << plan->kernel.name() << ", M = " << m << ", groups of " << group;
+        }
+      }
+    }
+  }
+  Problem problem{48, 10240, 8192, 128, device_of(90, 132)};
+  problem.device.wgmma = true;
+  EXPECT_EQ(select_decode(problem)->kernel.name(), "sm90_decode_t48_r128_k256_s2");
+  problem.group_size = 64;
+  EXPECT_EQ(select_decode(problem)->kernel.name(), "sm90_decode_t48_r128_k128_s2");
 }
 
 TEST(Plan, DecodePairsNeedADeviceThatRunsClusters) {

@@ -20,7 +20,7 @@ __device__ __forceinline__ uint32_t twice(uint16_t value) {
   return out;
 }
 
-// Keeps a value in a register, where ptxas would compute it anew.
+// Keeps a value in a register, where the compiler would compute it anew.
 __device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
 
 }  // namespace marlin::ptx

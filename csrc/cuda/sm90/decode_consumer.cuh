@@ -48,10 +48,8 @@ struct DecodeConsumer {
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0.f;
       if (work.half() && place.row_tile > 0) {
         next = skip(next, end);
-      } else if (S::kPlainLoop && !p.has_zeros) {
-        next = multiply_all<false>(next, end);
       } else {
-        next = multiply_all<true>(next, end);
+        next = multiply_stages(next, end);
       }
 #pragma unroll
       for (int pass = 0; pass < S::kPasses; ++pass) {
@@ -72,6 +70,13 @@ struct DecodeConsumer {
         parity ^= 1;
       }
     }
+  }
+
+  __device__ int multiply_stages(int next, int end) {
+    if constexpr (S::kPlainLoop) {
+      if (!p.has_zeros) return multiply_all<false>(next, end);
+    }
+    return multiply_all<true>(next, end);
   }
 
   // Stages `next`, next + kSplits, ... < end; returns the first that is not. kZeros: there may be zero points.
@@ -151,6 +156,7 @@ struct DecodeConsumer {
   // stage's weights are converted; then it is given back. Not of 2:4 weights, whose metadata waits for all
   // multiplications (see load_meta): 66.2 us for 62.2 at 8192 x 28672, M = 128 (H200).
   static constexpr bool kConvertsAhead = S::kScalesWeights && S::kSplits == 1 && !S::kSparse;
+  static_assert(!kConvertsAhead || (S::kStages > 1 && S::kInputStages > 1));
   template <bool kZeros>
   __device__ int multiply_ahead(int next, int end) {
     constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
@@ -250,8 +256,9 @@ struct DecodeConsumer {
     float scale[kGroups][2], partial[kGroups][kTokens / 2];
     uint32_t subtrahend[kGroups][2], a[kGroups * kSteps][4];
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g)
+    for (int g = 0; g < kGroups; ++g) {
       load_factors<kZeros>(scale[g], subtrahend[g], at / kSteps + g);
+    }
 #pragma unroll
     for (int batch = 0; batch < kGroups * kSteps; batch += kBatch) {
 #pragma unroll

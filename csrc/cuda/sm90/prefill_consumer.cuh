@@ -14,7 +14,7 @@ template <typename Element, typename S>
 struct PrefillConsumer {
   using Format = typename ElementTraits<Element>::Format;
   using Cursor = PrefillCursor<Element, S>;
-  static constexpr int kTokens = S::kTokens, kStages = S::kStages;
+  static constexpr int kTokens = S::kTokens;
 
   const PrefillParams<Element>& p;
   char* shared;

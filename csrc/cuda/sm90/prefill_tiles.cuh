@@ -45,11 +45,12 @@ struct PrefillShape {
   static constexpr int kOutputAt = kTile.output_at(), kBarriersAt = kTile.barriers_at();
   static constexpr int kSumsLeft = 1;  // a barrier of the block
   // Registers per thread: what a block's threads have at its launch, shared out anew among its roles. With four row
-  // blocks more than 80 tokens would not fit.
+  // blocks more than 80 tokens would not fit, with three more than 160.
   static constexpr int kRegisters = 65536 / kTile.threads() / 8 * 8;
   static constexpr int kProducerRegisters = kRowBlocks == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kRowBlocks == 2 ? 232 : kRowBlocks == 3 ? 160 : 112;
   static_assert(kRowBlocks >= 2 && kRowBlocks <= 4);
+  static_assert(kTokens <= (kRowBlocks == 2 ? 256 : kRowBlocks == 3 ? 160 : 80));
   static_assert(kProducerRegisters * 128 + kConsumerRegisters * kConsumers <=
                 kRegisters * kTile.threads());
   // A stage has one row of scales where they are 128 columns or more apart; and every stage of sparse
