@@ -31,7 +31,8 @@ SHORT_K = 72
 RACECHECK = os.environ.get("SANITIZER") == "racecheck"
 # Of 13 blocks of rows, two pairs of blocks do several tiles, share one, and half a one; of six, one
 # shares a tile and half a one, and no more; of three, one shares half a one, and all do one each.
-# With prefill kernels and tiles of three of them, five tiles or more, blocks share only on seven.
+# With prefill kernels and tiles of three or four of them, of which there are four or more, blocks
+# share only on seven.
 HOPPER_SMS = (0, 5, 7)
 HALF_TILE_SMS = (6, 12)
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import reference
 import torch
-from operands import DTYPES, GROUP_SIZES, Maker, make_input, make_weight, make_weight_24
+from operands import DTYPES, GROUP_SIZES, Maker, Weight, make_input, make_weight, make_weight_24
 
 # Tails of blocks, of stages, of everything, and layer shapes that are no multiples of a tile.
 SHAPES = [
@@ -113,22 +113,13 @@ def test_one_hot_inputs_read_out_the_weight(
             assert torch.equal(weight.gemm(x[rows]), expected[rows])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sms", [0, 5, 7], ids=["all-sms", "5-sms", "7-sms"])
-def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
-    """Also those that the planner keeps for other GPUs; with long runs of work per block, and with
-    blocks that share tiles, or do not."""
+def check_every_kernel(weight: Weight, sms: int) -> None:
+    """Also those that the planner keeps for other GPUs; with blocks that share tiles, and not."""
     from marlin import _inspect
 
-    weight = make_weight(
-        776, 5000, 32 if options else 128, dtype=dtype, device="cuda",
-        zeros=options, perm=options, bias=options,
-    )  # fmt: skip  # rows that make an odd number of tiles, of 64 and of 128, and half a tile
-    dense = weight.dense64()
+    dense, k, dtype = weight.dense64(), weight.k, weight.scales.dtype
     ms = (1, 6, 11, 30, 61, 97, 150, 257, 450, 1000)  # of small layers many tiles of tokens
-    inputs = [make_input(m, 5000, dtype=dtype, device="cuda") for m in ms]
+    inputs = [make_input(m, k, dtype=dtype, device="cuda") for m in ms]
     try:
         for kernel in _inspect.plans():
             family = kernel["family"]
@@ -146,6 +137,28 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
                         )
     finally:
         _inspect.force_plan()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "all-options"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sms", [0, 5, 7], ids=["all-sms", "5-sms", "7-sms"])
+def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
+    """With long runs of work per block."""
+    weight = make_weight(
+        776, 5000, 32 if options else 128, dtype=dtype, device="cuda",
+        zeros=options, perm=options, bias=options,
+    )  # fmt: skip  # rows that make an odd number of tiles, of 64 and of 128, and half a tile
+    check_every_kernel(weight, sms)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zeros", [False, True], ids=["sym", "asym"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_every_kernel_with_every_group_size(group_size: int, zeros: bool) -> None:
+    """Kernels have a loop of their own for symmetric weights whose scales are far enough apart."""
+    weight = make_weight(776, 1000, group_size, dtype=torch.float16, device="cuda", zeros=zeros)
+    check_every_kernel(weight, 7)
 
 
 @pytest.mark.gpu
