@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(128 * kWarpgroups, 1)
     x[i] = threadIdx.x * (i + 1);
     a[i / 4][i % 4] = (x[i] * 0x9e3779b9u & 0x83ff83ffu) | 0x3c003c00u;
   }
-  const uint64_t b = ptx::wgmma_descriptor(base);
+  const uint64_t b = ptx::wgmma_descriptor_of(ptx::wgmma_descriptor_low(base));
   const int64_t begin = clock64();
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__((kWarpgroups + 1) * 128, 1) loop_kernel(Params
   }
 
   if (kWarpgroups == 4) ptx::take_registers<112>();
-  const uint64_t descriptor = ptx::wgmma_descriptor(base);
+  const uint64_t descriptor = ptx::wgmma_descriptor_of(ptx::wgmma_descriptor_low(base));
   const uint32_t subtrahend[2] = {layout::subtrahend<Format>(8, 0),
                                   layout::subtrahend<Format>(8, 1)};
   float sums[kTokens / 2] = {};

@@ -89,7 +89,7 @@ double columns_of_tile(const DecodePlan& plan) {  // in 1024
   return static_cast<double>(plan.stages) * plan.kernel.tile.stage_k() / 1024;
 }
 
-// Few tokens: a tile takes something for its weights and something for every token, and one of 128 rows
+// Up to 32 tokens: a tile takes something for its weights and something for every token, and one of 128 rows
 // something at its end. 2:4 sparse weights are fewer bytes, but read activations twice as often, which tiles of
 // 64 rows feel.
 double us_of_few_tokens(const DecodePlan& plan) {
@@ -107,9 +107,9 @@ double us_of_few_tokens(const DecodePlan& plan) {
 }
 
 // 33 to 64 tokens, for which a prefill kernel may be faster: where tiles do not go round the pairs, and for large 2:4
-// layers. (That pairs may get half a tile is not looked at.) Fitted, after the model of prefill kernels, to the kernels' times with 40, 48 and 64 tokens at 38
-// layers: where prefill kernels must be 5% better to be taken, a tenth of the gain is missed, and the four that are
-// slower are so by up to 5%.
+// layers. (That pairs may get half a tile is not looked at.) Fitted, after the model of prefill kernels, to the
+// kernels' times with 40, 48 and 64 tokens at 38 layers: where prefill kernels must be 5% better to be taken, a tenth
+// of the gain is missed, and the four that are slower are so by up to 5%.
 constexpr double kPrefillForCertain = 1.05;
 double us_of_some_tokens(const DecodePlan& plan, double limit) {
   constexpr double kStart = 1.6;

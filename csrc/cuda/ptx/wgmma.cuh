@@ -23,21 +23,18 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Shared-memory descriptor of operand B: rows of 128 bytes (64 columns), 128-byte swizzle, groups of
+// The low half of a shared-memory descriptor of operand B: rows of 128 bytes (64 columns), 128-byte swizzle, groups of
 // eight rows 1024 bytes apart; `address` that of any row, plus 32 times the k16 step. (The swizzle goes by
 // the address, and its pattern begins at multiples of 1024, wherever the first row is: base offset 0.)
 __device__ __forceinline__ uint32_t wgmma_descriptor_low(uint32_t address) {
   constexpr uint32_t kIgnored = 1 << 16;  // the leading offset, unused with this swizzle
   return kIgnored | (address >> 4 & 0x3fff);
 }
-// With its high half, which is the same for all. Where the low half of a stage's is computed, 64-bit
+// The descriptor: its high half is the same for all. Kernels compute the low half of a stage's alone, since 64-bit
 // arithmetic would take an instruction more.
 __device__ __forceinline__ uint64_t wgmma_descriptor_of(uint32_t low) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kGroupStride = uint64_t{1024 / 16} << 32;
   return kSwizzle128 | kGroupStride | low;
-}
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
-  return wgmma_descriptor_of(wgmma_descriptor_low(address));
 }
 
 // d[64 x kTokens] = a[64 x 16] b[16 x kTokens] + (accumulate ? d : 0), A from registers.

@@ -74,24 +74,24 @@ struct DecodeConsumer {
 
   __device__ int multiply_stages(int next, int end) {
     if constexpr (S::kPlainLoop) {
-      if (!p.has_zeros) return multiply_all<false>(next, end);
+      if (!p.has_zeros) return multiply_all<true>(next, end);
     }
-    return multiply_all<true>(next, end);
+    return multiply_all<false>(next, end);
   }
 
-  // Stages `next`, next + kSplits, ... < end; returns the first that is not. kZeros: there may be zero points.
-  template <bool kZeros>
+  // Stages `next`, next + kSplits, ... < end; returns the first that is not. kPlain: there are no zero points.
+  template <bool kPlain>
   __device__ int multiply_all(int next, int end) {
     if constexpr (kConvertsAhead) {
-      return multiply_ahead<kZeros>(next, end);
+      return multiply_ahead<kPlain>(next, end);
     } else {
 #pragma unroll 1
       for (; next < end; next += S::kSplits) {
         place.wait_for_weights();
         if constexpr (S::kScalesWeights) {
-          multiply_scaled<kZeros>();
+          multiply_scaled<kPlain>();
         } else {
-          multiply<kZeros>();
+          multiply<kPlain>();
         }
         place.release();
         place.advance();
@@ -119,7 +119,7 @@ struct DecodeConsumer {
   // One stage, some blocks at a time: all their weights are converted before the first is multiplied, so
   // that the tensor core is asked for much at once, while other warpgroups convert. Multiplied one by one
   // as below they take longer: 19.0 us, and 17.3, at 8192 x 8192, M = 64.
-  template <bool kZeros>
+  template <bool kPlain>
   __device__ void multiply_scaled() {
     constexpr int kSteps = kBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
     constexpr int kGroups = kSteps > kGroupSteps ? kSteps / kGroupSteps : 1;
@@ -133,7 +133,7 @@ struct DecodeConsumer {
       uint32_t scale[kGroups][2], subtrahend[kGroups][2], a[kSteps][4];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        load_factor_pairs<kZeros>(scale[g], subtrahend[g], first / kGroupSteps + g);
+        load_factor_pairs<kPlain>(scale[g], subtrahend[g], first / kGroupSteps + g);
       }
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
@@ -157,7 +157,7 @@ struct DecodeConsumer {
   // multiplications (see load_meta): 66.2 us for 62.2 at 8192 x 28672, M = 128 (H200).
   static constexpr bool kConvertsAhead = S::kScalesWeights && S::kSplits == 1 && !S::kSparse;
   static_assert(!kConvertsAhead || (S::kStages > 1 && S::kInputStages > 1));
-  template <bool kZeros>
+  template <bool kPlain>
   __device__ int multiply_ahead(int next, int end) {
     constexpr int kSteps = S::kStageBlocks * 4, kGroupSteps = S::kPeriod / S::kStepColumns;
     constexpr int kBatch = 4;  // steps, which lie in one half of `a`
@@ -175,7 +175,7 @@ struct DecodeConsumer {
       uint32_t scale[S::kGroups][2], subtrahend[S::kGroups][2];
 #pragma unroll
       for (int g = 0; g < S::kGroups; ++g) {
-        load_factor_pairs<kZeros>(scale[g], subtrahend[g], g);
+        load_factor_pairs<kPlain>(scale[g], subtrahend[g], g);
       }
 #pragma unroll
       for (int step = 0; step < kSteps; step += kBatch) {
@@ -214,7 +214,7 @@ struct DecodeConsumer {
 
   // One stage, in spans of columns whose multiplications are all under way before the first is waited
   // for: as many groups as there are registers for the sums of.
-  template <bool kZeros>
+  template <bool kPlain>
   __device__ void multiply() {
     constexpr int kSteps = S::kPeriod / S::kStepColumns;  // between scales
     // Two blocks, or one where two blocks of threads share the registers; with many tokens, one group.
@@ -239,9 +239,9 @@ struct DecodeConsumer {
 #pragma unroll
       for (int first = 0; first < 4 * kBlocks; first += kSteps * kGroups) {
         if (kWaitsLate && block + first == 0) {
-          multiply_span<kZeros, kSteps, kGroups, true>(packed, b, 0, 0);
+          multiply_span<kPlain, kSteps, kGroups, true>(packed, b, 0, 0);
         } else {
-          multiply_span<kZeros, kSteps, kGroups, false>(packed, b, block * 4 + first, first);
+          multiply_span<kPlain, kSteps, kGroups, false>(packed, b, block * 4 + first, first);
         }
       }
     }
@@ -249,7 +249,7 @@ struct DecodeConsumer {
 
   // kGroups groups of kSteps steps each, from step `at` of the stage on; all are converted before the
   // activations are waited for where kWaits.
-  template <bool kZeros, int kSteps, int kGroups, bool kWaits>
+  template <bool kPlain, int kSteps, int kGroups, bool kWaits>
   __device__ void multiply_span(const Packed (&packed)[kBlocks], uint64_t b, int at, int first) {
     constexpr int kMost = kTokens > 32 ? 2 : 4;  // fragments at a time; with more, registers spill
     constexpr int kBatch = kWaits ? kGroups * kSteps : kSteps < kMost ? kSteps : kMost;
@@ -257,7 +257,7 @@ struct DecodeConsumer {
     uint32_t subtrahend[kGroups][2], a[kGroups * kSteps][4];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      load_factors<kZeros>(scale[g], subtrahend[g], at / kSteps + g);
+      load_factors<kPlain>(scale[g], subtrahend[g], at / kSteps + g);
     }
 #pragma unroll
     for (int batch = 0; batch < kGroups * kSteps; batch += kBatch) {
@@ -295,18 +295,18 @@ struct DecodeConsumer {
   }
 
   // Of this thread's two rows, for a group of the stage.
-  template <bool kZeros>
+  template <bool kPlain>
   __device__ void load_factors(float (&scale)[2], uint32_t (&subtrahend)[2], int group) const {
     if (p.one_group) group = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       scale[i] = to_float(ptx::load_shared<Element>(place.scales(group) + 8 * i * 2));
     }
-    load_subtrahends<kZeros>(subtrahend, group);
+    load_subtrahends<kPlain>(subtrahend, group);
   }
 
   // The same, but scales in both halves of a register.
-  template <bool kZeros>
+  template <bool kPlain>
   __device__ void load_factor_pairs(uint32_t (&scale)[2], uint32_t (&subtrahend)[2],
                                     int group) const {
     if (p.one_group) group = 0;
@@ -314,16 +314,16 @@ struct DecodeConsumer {
     for (int i = 0; i < 2; ++i) {
       scale[i] = ptx::twice(ptx::load_shared<uint16_t>(place.scales(group) + 8 * i * 2));
     }
-    load_subtrahends<kZeros>(subtrahend, group);
+    load_subtrahends<kPlain>(subtrahend, group);
   }
 
-  template <bool kZeros>
+  template <bool kPlain>
   __device__ void load_subtrahends(uint32_t (&subtrahend)[2], int group) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       subtrahend[i] = layout::subtrahend<Format>(layout::kSymmetricZero, i);
     }
-    if (kZeros && p.has_zeros) {
+    if (!kPlain && p.has_zeros) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         subtrahend[i] =

@@ -5,6 +5,7 @@
 
 #include "cuda/ptx/bulk_copy.cuh"
 #include "cuda/sm90/layer.h"
+#include "cuda/sm90/ring.cuh"
 #include "cuda/sm90/step.cuh"
 #include "layout/sparse.h"
 #include "plan/decode.h"
@@ -94,9 +95,9 @@ struct DecodeBarriers {
 
   // Of every stage of weights and scales, and of activations.
   __device__ uint32_t full() const { return at; }
-  __device__ uint32_t empty() const { return full() + 8 * S::kStages; }
+  __device__ uint32_t empty() const { return empty_after<S::kStages>(full()); }
   __device__ uint32_t input_full() const { return empty() + 8 * S::kStages; }
-  __device__ uint32_t input_empty() const { return input_full() + 8 * S::kInputStages; }
+  __device__ uint32_t input_empty() const { return empty_after<S::kInputStages>(input_full()); }
   // Of the buffer of sums.
   __device__ uint32_t sums_full() const { return input_empty() + 8 * S::kInputStages; }
   __device__ uint32_t sums_free() const { return sums_full() + 8; }

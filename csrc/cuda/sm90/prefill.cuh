@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(S::kTile.threads(), 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char unaligned[];
   char* shared = unaligned + (-ptx::shared_address(unaligned) & 1023);
-  const uint32_t full = ptx::shared_address(shared + S::kBarriersAt), empty = full + 8 * S::kStages;
+  const uint32_t full = ptx::shared_address(shared + S::kBarriersAt);
+  const uint32_t empty = empty_after<S::kStages>(full);
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       ptx::mbarrier_init(full + 8 * i, PrefillProducer<Element, S>::kArrivals);

@@ -5,6 +5,12 @@
 
 namespace marlin::cuda::sm90 {
 
+// The barriers of a ring: of stages that are full, then of those that are empty, 8 bytes each.
+template <int kStages>
+__device__ constexpr uint32_t empty_after(uint32_t full) {
+  return full + 8 * kStages;
+}
+
 // A producer's place in the ring. A stage is full when every producer has asked for its copies and
 // they have arrived, and empty when its consumers have arrived.
 template <int kStages>
@@ -28,7 +34,7 @@ struct RingProducer {
 // the first stages do (M = 1: 1%).
 template <int kStages, int kStep, int kUnit = 8>
 struct RingConsumer {
-  uint32_t full;       // the first stage's barrier; the others' follow, then those of empty stages
+  uint32_t full;       // the first stage's barrier
   uint32_t place = 0;  // the stage's number, times kUnit
   uint32_t parity = 0;
 
@@ -50,7 +56,9 @@ struct RingConsumer {
 
   // The barrier at which it is given back. Every thread arrives: one arrival per warp would do, but
   // compute-sanitizer takes it for a race, and it is no faster.
-  __device__ __forceinline__ uint32_t empty() const { return full + 8 * kStages + offset<8>(); }
+  __device__ __forceinline__ uint32_t empty() const {
+    return empty_after<kStages>(full) + offset<8>();
+  }
 };
 
 }  // namespace marlin::cuda::sm90
