@@ -3,7 +3,7 @@
 A decode step reads one token per sequence, writes its keys and values as the last of a full cache,
 and ends with the greedy choice of the next token. A prefill reads a prompt into an empty cache and
 ends with the choice of its first token. Either is one CUDA graph. All but the linear layers is the
-same for every variant; of what lies between products and attention there are kinds (``--pieces``).
+same for every variant; of what lies between products there are kinds (``--pieces``).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ METHOD = (
     f"random weights, distinct in every layer, 4-bit ones in groups of {GROUP_SIZE}; in every "
     "variant embeddings and the projection to the vocabulary are fp16, queries, keys and values "
     "are one linear layer, gate and up another; fp16 is torch.nn.functional.linear (cuBLAS); "
-    "attention is torch's by cuDNN over a static cache, which decode fills by its last token; "
-    "norms, rotary positions and SwiGLU are {pieces} in every variant; a step is one "
+    "attention is over a static cache, which decode fills by its last token: of a prompt torch's "
+    "by cuDNN, {pieces} in every variant; a step is one "
     "CUDA graph and ends with the greedy choice of the next token; ms: median of 7 replays, each "
     "timed by itself, one after the other after one rest; sustained_ms, of decode: median of 7 "
     "windows of 10 ms of replays (one replay where it takes longer) after 3; ms of prefill is the "
@@ -41,12 +41,14 @@ METHOD = (
     "without graph and with norms and the like as they are, relative"
 )
 
-# What lies between matrix products and attention.
+# What lies between matrix products.
 PIECES = {
-    "early": "Triton kernels that let the next kernel start early (benchmarks/e2e_pieces.py), and "
-    "the choice is compiled by torch.compile,",
-    "compiled": "compiled by torch.compile, as is the choice,",
-    "plain": "as they are",
+    "early": "of decode, as norms, rotary positions and SwiGLU, a Triton kernel that lets the next "
+    "kernel start early (benchmarks/e2e_attention.py, e2e_pieces.py); the choice is compiled by "
+    "torch.compile,",
+    "compiled": "of decode as well; norms, rotary positions, SwiGLU and the choice are compiled by "
+    "torch.compile,",
+    "plain": "of decode as well; norms, rotary positions, SwiGLU and the choice are as they are",
 }
 
 
@@ -220,8 +222,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pieces",
         choices=PIECES,
-        help="norms and the like: kernels that let the next one start early (the default where the "
-        "GPU can do so), by torch.compile (elsewhere), or as they are",
+        help="norms, attention and the like: kernels that let the next one start early (the "
+        "default where the GPU can do so), by torch.compile (elsewhere), or as they are",
     )
     parser.add_argument("--commit", help="what to record, where the checkout has no git history")
     parser.add_argument("--json", type=Path, help="where to write the results")

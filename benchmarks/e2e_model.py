@@ -122,17 +122,31 @@ def choose(logits: Tensor) -> Tensor:
     return (part * (logits.size(-1) // parts) + at.gather(-1, part)).squeeze(-1)
 
 
+def attend(queries: Tensor, cache: Tensor) -> Tensor:
+    """Attention over all of ``cache``, to which the queries' own tokens are the last.
+
+    ``queries`` ``[batch, tokens, heads, head_dim]``: one token, or as many as the cache is long.
+    Gives ``[batch * tokens, heads * head_dim]``.
+    """
+    keys, values = cache.transpose(1, 2).chunk(2, dim=1)
+    out = F.scaled_dot_product_attention(
+        queries.transpose(1, 2), keys, values, is_causal=queries.size(1) > 1, enable_gqa=True
+    )
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Pieces:
-    """What lies between the matrix products and the attention: as it is, or compiled."""
+    """What lies between the matrix products: as it is, compiled, or in kernels of our own."""
 
     add_norm: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rotate_and_store: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     choose: Callable[[Tensor], Tensor]
+    attend_one: Callable[[Tensor, Tensor], Tensor]  # of one token a sequence
 
 
-PLAIN = Pieces(add_norm, rotate_and_store, swiglu, choose)
+PLAIN = Pieces(add_norm, rotate_and_store, swiglu, choose, attend)
 
 
 def compiled_pieces() -> Pieces:
@@ -146,20 +160,8 @@ def compiled_pieces() -> Pieces:
         torch.compile(rotate_and_store, fullgraph=True),
         torch.compile(swiglu, fullgraph=True),
         torch.compile(choose, fullgraph=True),
+        attend,
     )
-
-
-def attend(queries: Tensor, cache: Tensor) -> Tensor:
-    """Attention over all of ``cache``, to which the queries' own tokens are the last.
-
-    ``queries`` ``[batch, tokens, heads, head_dim]``: one token, or as many as the cache is long.
-    Gives ``[batch * tokens, heads * head_dim]``.
-    """
-    keys, values = cache.transpose(1, 2).chunk(2, dim=1)
-    out = F.scaled_dot_product_attention(
-        queries.transpose(1, 2), keys, values, is_causal=queries.size(1) > 1, enable_gqa=True
-    )
-    return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def random_parameter(*shape: int, device: str, std: float = 1.0) -> nn.Parameter:
@@ -215,7 +217,8 @@ class Decoder(nn.Module):
         x = F.rms_norm(residual, norms[0].shape, norms[0], EPS)
         for block, kv, (_, next_norm) in zip(self.blocks, cache, pairwise(norms), strict=True):
             queries = pieces.rotate_and_store(block.qkv(x), self.rotary, positions, kv)
-            x = block.out(attend(queries, kv))
+            attend_all = pieces.attend_one if queries.size(1) == 1 else attend
+            x = block.out(attend_all(queries, kv))
             x, residual = pieces.add_norm(x, residual, block.mlp_norm)
             x = block.down(pieces.swiglu(block.gate_up(x)))
             x, residual = pieces.add_norm(x, residual, next_norm)

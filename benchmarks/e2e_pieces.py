@@ -1,4 +1,4 @@
-"""What lies between matrix products and attention, in kernels that let the next one start early.
+"""What lies between matrix products, in kernels that let the next one start early.
 
 With programmatic dependent launch a kernel's blocks can be set up, and 4-bit products fetch
 weights, while the kernel before still runs, if that one allows it. Kernels by ``torch.compile``
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benchmarks.e2e_attention import attend_one
 from benchmarks.e2e_model import EPS, Pieces, choose
 
 
@@ -119,4 +120,5 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def early_pieces() -> Pieces:
     """These, and the choice by `torch.compile`: after the last product nothing starts early."""
     torch.compiler.reset()
-    return Pieces(add_norm, rotate_and_store, swiglu, torch.compile(choose, fullgraph=True))
+    compiled_choose = torch.compile(choose, fullgraph=True)
+    return Pieces(add_norm, rotate_and_store, swiglu, compiled_choose, attend_one)

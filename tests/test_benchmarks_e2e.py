@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks is not insta
 
 from benchmarks import __main__ as command_line
 from benchmarks import e2e, e2e_check
-from benchmarks.e2e_model import MODELS, PLAIN, Decoder, rotary_table
+from benchmarks.e2e_model import MODELS, PLAIN, Decoder, attend, rotary_table
 from benchmarks.e2e_step import Point, fits, measure
 from benchmarks.e2e_weights import VARIANTS, dense_linear
 
@@ -222,6 +222,38 @@ def test_early_pieces(tokens: int, model: str) -> None:
         for which, cache in zip((pieces, PLAIN), caches, strict=True)
     )
     assert e2e_check.largest_error(computed, wanted) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 77, 512, 1000])
+@pytest.mark.parametrize("batch", [1, 5, 40])
+def test_attention_of_one_token(batch: int, length: int) -> None:
+    """In one part and in several, with what the call before has left in the counters."""
+    if not e2e.starts_early():
+        pytest.skip("needs programmatic dependent launch (compute capability 9.0)")
+    from benchmarks.e2e_attention import attend_one
+
+    torch.manual_seed(0)
+    for heads, kv_heads, head_dim in ((32, 8, 128), (40, 8, 128), (4, 2, 64), (16, 1, 128)):
+        queries, cache = (
+            torch.randn(shape, device="cuda", dtype=torch.float16)
+            for shape in ((batch, 1, heads, head_dim), (batch, length + 3, 2 * kv_heads, head_dim))
+        )
+        cache = cache[:, :length]  # as a cache is cut
+        wanted = attend(queries, cache)
+        first = attend_one(queries, cache)
+        assert e2e_check.largest_error([first], [wanted]) < 2e-3
+        for _ in range(3):
+            assert torch.equal(attend_one(queries, cache), first)
+
+
+@pytest.mark.gpu
+def test_attention_of_too_many_heads_is_refused() -> None:
+    from benchmarks.e2e_attention import attend_one
+
+    queries, cache = torch.empty(1, 1, 34, 64), torch.empty(1, 9, 4, 64)
+    with pytest.raises(ValueError, match="17 heads read one of the cache, more than 16"):
+        attend_one(queries, cache)
 
 
 def test_a_step_that_does_not_fill_its_cache_is_found() -> None:
