@@ -16,7 +16,6 @@ struct DecodePlace {
   int row_tile, split;           // which warpgroup
   uint32_t words_at, scales_at;  // this thread's weights and scales in the first stage
   uint32_t meta_at;              // and metadata, of sparse weights
-  // As measured with groups of 128.
   static constexpr int kRingUnit = S::kPlainLoop ? 8 : 1;
   RingConsumer<S::kStages, S::kSplits, kRingUnit> ring;
   RingConsumer<S::kInputStages, S::kSplits, kRingUnit> input_ring;

@@ -36,11 +36,10 @@ struct DecodeShape {
   static constexpr int kStageBlocks = kStageBlocks_, kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kPeriod = kPeriod_;  // columns between scales
   static constexpr bool kScalesWeights = kTile.scales_weights(kPeriod);
-  // Beside multiplications of 24 tokens and more every instruction of the others takes time of its own, so
-  // symmetric weights have a loop without zero points: 4% faster with 32 tokens, 2:4 3% with 64. With more
-  // tokens it is no faster, or slower: dense, M = 64, by 1.6%. (H200, group 128)
-  static constexpr bool kPlainLoop = kTokens > 16 &&
-                                     kTokens <= (kSparse ? 80 : 48) && kPeriod == 128;
+  // Symmetric weights have a loop without zero points, whose fewer instructions make it 1 to 5% faster, 4 to 15%
+  // with groups of 32. But no faster, or slower, where shared memory is as full: dense, 49 to 112 tokens by up to
+  // 2%; not tried with more 2:4 ones. (H200)
+  static constexpr bool kPlainLoop = kSparse ? kTokens <= 80 : kTokens <= 48 || kTokens > 112;
   static constexpr int kStages = kTile.stages(kPeriod), kInputStages = kInputStages_;
   static constexpr int kFirstStages = kTile.most_first_stages(kPeriod);
   static constexpr int kGroups = kTile.groups(kPeriod);  // rows of scales in a stage

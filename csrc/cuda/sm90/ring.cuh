@@ -30,8 +30,7 @@ struct RingProducer {
 };
 
 // A consumer's place in the ring, where `kStep` of them take turns at stages. It is counted in `kUnit`: in 8, as
-// barriers lie, what the compiler makes of it is faster where every instruction counts (M = 32: 2%, H200), in 1 where
-// the first stages do (M = 1: 1%).
+// barriers lie, what the compiler makes of it is up to 2% faster in loops without zero points, in 1 up to 1% in others.
 template <int kStages, int kStep, int kUnit = 8>
 struct RingConsumer {
   uint32_t full;       // the first stage's barrier
