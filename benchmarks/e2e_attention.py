@@ -76,21 +76,34 @@ def attend_kernel(
 
 @functools.cache
 def counters(count: int, device: torch.device) -> Tensor:
-    """Zeros, which every call leaves as it found them: of calls on one stream."""
+    """Zeros, which every call leaves as it found them: of calls on one stream, the first of which
+    is not captured."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("attend_one: call it once for these sizes before it is captured")
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def attend_one(queries: Tensor, cache: Tensor) -> Tensor:
     """See :func:`benchmarks.e2e_model.attend`; of one token a sequence.
 
-    A program reads all of a sequence's head, or a part where multiprocessors would be left without.
-    (Llama-3-8B on an H200: 2.5 to 4.6 us a layer less than by cuDNN, which takes 7 to 37.)
+    A program reads one head of a sequence's cache, or a part of it where multiprocessors would be
+    left without. (Llama-3-8B on an H200: 2.0 to 4.5 us a layer less than by cuDNN, of 7 to 37.)
     """
     batch, length, stored_heads, head_dim = cache.shape
     kv_heads, heads = stored_heads // 2, queries.size(2)
     pairs, group = batch * kv_heads, heads // kv_heads
     if group > MOST_HEADS:
         raise ValueError(f"attend_one: {group} heads read one of the cache, more than {MOST_HEADS}")
+    if queries.shape != (batch, 1, kv_heads * group, head_dim) or not queries.is_contiguous():
+        raise ValueError(
+            f"attend_one: queries are {tuple(queries.shape)}; they must be contiguous [{batch}, 1, "
+            f"heads, {head_dim}] with heads a multiple of {kv_heads}"
+        )
+    if length == 0 or cache.stride()[2:] != (head_dim, 1) or length * cache.stride(1) >= 2**31:
+        raise ValueError(
+            f"attend_one: cache is {tuple(cache.shape)} with strides {cache.stride()}; its heads "
+            "must lie side by side, for 1 token or more, below 2^31 elements a sequence"
+        )
     room = torch.cuda.get_device_properties(queries.device).multi_processor_count
     block, stages = (128, 3) if pairs <= room else (64, 4)
     splits = max(1, min(room // pairs, triton.cdiv(length, block)))

@@ -217,8 +217,8 @@ class Decoder(nn.Module):
         x = F.rms_norm(residual, norms[0].shape, norms[0], EPS)
         for block, kv, (_, next_norm) in zip(self.blocks, cache, pairwise(norms), strict=True):
             queries = pieces.rotate_and_store(block.qkv(x), self.rotary, positions, kv)
-            attend_all = pieces.attend_one if queries.size(1) == 1 else attend
-            x = block.out(attend_all(queries, kv))
+            attention = pieces.attend_one if queries.size(1) == 1 else attend
+            x = block.out(attention(queries, kv))
             x, residual = pieces.add_norm(x, residual, block.mlp_norm)
             x = block.down(pieces.swiglu(block.gate_up(x)))
             x, residual = pieces.add_norm(x, residual, next_norm)

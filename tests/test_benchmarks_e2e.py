@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,12 +248,21 @@ def test_attention_of_one_token(batch: int, length: int) -> None:
 
 
 @pytest.mark.gpu
-def test_attention_of_too_many_heads_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("queries", "cache", "problem"),
+    [
+        ((1, 1, 34, 64), (1, 9, 4, 64), "17 heads read one of the cache, more than 16"),
+        ((1, 1, 5, 64), (1, 9, 4, 64), r"queries are \(1, 1, 5, 64\).*a multiple of 2"),
+        ((1, 2, 4, 64), (1, 9, 4, 64), r"queries are \(1, 2, 4, 64\); they must be"),
+        ((1, 1, 4, 64), (1, 0, 4, 64), r"cache is \(1, 0, 4, 64\).*for 1 token or more"),
+    ],
+    ids=["many-heads", "odd-heads", "two-tokens", "empty"],
+)
+def test_attention_refuses(queries: Sequence[int], cache: Sequence[int], problem: str) -> None:
     from benchmarks.e2e_attention import attend_one
 
-    queries, cache = torch.empty(1, 1, 34, 64), torch.empty(1, 9, 4, 64)
-    with pytest.raises(ValueError, match="17 heads read one of the cache, more than 16"):
-        attend_one(queries, cache)
+    with pytest.raises(ValueError, match=problem):
+        attend_one(torch.empty(queries), torch.empty(cache))
 
 
 def test_a_step_that_does_not_fill_its_cache_is_found() -> None:

@@ -156,7 +156,8 @@ def test_every_kernel(sms: int, dtype: torch.dtype, options: bool) -> None:
 @pytest.mark.parametrize("zeros", [False, True], ids=["sym", "asym"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_every_kernel_with_every_group_size(group_size: int, zeros: bool) -> None:
-    """Kernels have a loop of their own for symmetric weights whose scales are far enough apart."""
+    """Kernels have a loop of their own for symmetric weights, those for many tokens only where
+    scales are far enough apart."""
     weight = make_weight(776, 1000, group_size, dtype=torch.float16, device="cuda", zeros=zeros)
     check_every_kernel(weight, 7)
 

@@ -65,6 +65,25 @@ def test_plan_for_says_what_blocks_share() -> None:
     assert (plan["shared_tiles"], plan["shares"], plan["workspace_bytes"]) == (0, False, 0)
 
 
+@pytest.mark.parametrize(
+    ("group_size", "sparse", "first"),
+    [
+        *((32, False, 9), (64, False, 33), (128, False, 33), (-1, False, 33)),
+        *((32, True, 9), (64, True, 25), (128, True, 33), (-1, True, 33)),
+    ],
+)
+def test_plan_for_says_where_weights_are_rounded(group_size: int, sparse: bool, first: int) -> None:
+    """As README says: at the earliest from so many tokens on, by the layer."""
+
+    def rounds(m: int, n: int, k: int) -> bool:
+        options = {"group_size": group_size, "sparse": sparse, "sm": 90, "sms": 132}
+        return bool(_inspect.plan_for(m, n, k, **options)["rounds_weights"])
+
+    layers = [(4096, 4096), (8192, 8192), (28672, 4096), (4096, 14336), (5120, 27648), (768, 4096)]
+    assert not any(rounds(m, *layer) for m in range(1, first) for layer in layers)
+    assert any(rounds(first, *layer) for layer in layers)
+
+
 @needs_cuda_build
 @pytest.mark.parametrize(
     "arguments",

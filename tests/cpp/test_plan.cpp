@@ -399,7 +399,12 @@ TEST(Plan, DecodeTakesTheFirstLineThatSuitsFewTokens) {
                                                    {7, 8192, 8192, 7, 4, 8},
                                                    {8, 8192, 8192, 8, 4, 8},
                                                    {16, 4096, 4096, 16, 2, 4},
-                                                   {16, 6144, 4096, 16, 4, 4}}) {
+                                                   {16, 6144, 4096, 16, 4, 4},
+                                                   {16, 28672, 8192, 16, 4, 4},
+                                                   {16, 9216, 28672, 16, 4, 4},
+                                                   {16, 55296, 5120, 16, 2, 4},
+                                                   {64, 4096, 4096, 64, 3, 2},
+                                                   {64, 8192, 8192, 64, 2, 2}}) {
     Problem problem{c.m, c.n, c.k, 128, device_of(90, 132)};
     problem.device.wgmma = true;
     const DecodeKernel kernel = select_decode(problem)->kernel;

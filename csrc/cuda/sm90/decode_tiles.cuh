@@ -36,9 +36,9 @@ struct DecodeShape {
   static constexpr int kStageBlocks = kStageBlocks_, kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kPeriod = kPeriod_;  // columns between scales
   static constexpr bool kScalesWeights = kTile.scales_weights(kPeriod);
-  // Symmetric weights have a loop without zero points, whose fewer instructions make it 1 to 5% faster, 4 to 15%
-  // with groups of 32. But no faster, or slower, where shared memory is as full: dense, 49 to 112 tokens by up to
-  // 2%; not tried with more 2:4 ones. (H200)
+  // Symmetric weights have a loop without zero points, whose fewer instructions make it 1 to 5% faster, 2 to 7% with
+  // groups of 64, 4 to 15% with groups of 32. But no faster, or slower: dense, 49 to 112 tokens by up to 2%; 2:4, 96
+  // and 128 by 1 to 2%. (H200)
   static constexpr bool kPlainLoop = kSparse ? kTokens <= 80 : kTokens <= 48 || kTokens > 112;
   static constexpr int kStages = kTile.stages(kPeriod), kInputStages = kInputStages_;
   static constexpr int kFirstStages = kTile.most_first_stages(kPeriod);
