@@ -18,13 +18,22 @@ MOST_HEADS = 16  # that read one head of the cache
 
 
 @triton.jit
+def let_next_start():
+    """By every block; before it nothing is read or written that another kernel has to do with."""
+    tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+
+
+# Of one head of a sequence's cache, or of `part` tokens of it. Where there are several parts, each
+# leaves for every head that reads it the sum of its values, its largest logit and the sum of its
+# weights, and the last to arrive adds them.
+@triton.jit
 def attend_kernel(
     queries, cache, out, sums, stats, arrived, length, part, batch_stride, token_stride, scale,
     kv_heads: tl.constexpr, group: tl.constexpr, head_dim: tl.constexpr, rows: tl.constexpr,
     block: tl.constexpr, splits: tl.constexpr, stages: tl.constexpr,
 ):  # fmt: skip
-    tl.extra.cuda.gdc_launch_dependents()
-    tl.extra.cuda.gdc_wait()
+    let_next_start()
     pair = tl.program_id(0).to(tl.int64)  # a sequence, and a head of its cache
     split = tl.program_id(1)
     member = tl.arange(0, rows)[:, None]  # of the heads that read it
@@ -51,10 +60,10 @@ def attend_kernel(
         value_sum = tl.dot(weights.to(value.dtype), value, value_sum * kept)
         largest = larger
     if splits > 1:
-        left = head * splits + split
-        tl.store(sums + left * head_dim + at, value_sum, member < group)
-        tl.store(stats + left * 2, largest, member < group)
-        tl.store(stats + left * 2 + 1, total, member < group)
+        part_of_head = head * splits + split
+        tl.store(sums + part_of_head * head_dim + at, value_sum, member < group)
+        tl.store(stats + part_of_head * 2, largest, member < group)
+        tl.store(stats + part_of_head * 2 + 1, total, member < group)
         tl.debug_barrier()
         if tl.atomic_add(arrived + pair, 1, sem="acq_rel") < splits - 1:
             return
@@ -62,15 +71,15 @@ def attend_kernel(
         # The last of a pair's programs adds what all have left, in their order.
         largest = tl.full([rows, 1], float("-inf"), tl.float32)
         for i in tl.static_range(splits):
-            other = tl.load(stats + (head * splits + i) * 2, member < group, other=0.0)
-            largest = tl.maximum(largest, other)
+            of_part = tl.load(stats + (head * splits + i) * 2, member < group, other=0.0)
+            largest = tl.maximum(largest, of_part)
         total = tl.zeros([rows, 1], tl.float32)
         value_sum = tl.zeros([rows, head_dim], tl.float32)
         for i in tl.static_range(splits):
-            other = head * splits + i
-            kept = tl.exp2(tl.load(stats + other * 2, member < group, other=0.0) - largest)
-            total += kept * tl.load(stats + other * 2 + 1, member < group, other=1.0)
-            value_sum += kept * tl.load(sums + other * head_dim + at, member < group, other=0.0)
+            that = head * splits + i
+            kept = tl.exp2(tl.load(stats + that * 2, member < group, other=0.0) - largest)
+            total += kept * tl.load(stats + that * 2 + 1, member < group, other=1.0)
+            value_sum += kept * tl.load(sums + that * head_dim + at, member < group, other=0.0)
     tl.store(out + head * head_dim + at, value_sum / total, member < group)
 
 

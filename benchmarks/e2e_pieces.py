@@ -13,15 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.e2e_attention import attend_one
+from benchmarks.e2e_attention import attend_one, let_next_start
 from benchmarks.e2e_model import EPS, Pieces, choose
-
-
-@triton.jit
-def let_next_start():
-    """By every block; before it nothing is read or written that another kernel has to do with."""
-    tl.extra.cuda.gdc_launch_dependents()
-    tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

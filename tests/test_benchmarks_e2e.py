@@ -247,7 +247,6 @@ def test_attention_of_one_token(batch: int, length: int) -> None:
             assert torch.equal(attend_one(queries, cache), first)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("queries", "cache", "problem"),
     [
@@ -259,10 +258,25 @@ def test_attention_of_one_token(batch: int, length: int) -> None:
     ids=["many-heads", "odd-heads", "two-tokens", "empty"],
 )
 def test_attention_refuses(queries: Sequence[int], cache: Sequence[int], problem: str) -> None:
-    from benchmarks.e2e_attention import attend_one
-
+    attention = pytest.importorskip("benchmarks.e2e_attention", reason="needs Triton")
     with pytest.raises(ValueError, match=problem):
-        attend_one(torch.empty(queries), torch.empty(cache))
+        attention.attend_one(torch.empty(queries), torch.empty(cache))
+
+
+def test_attention_refuses_strides() -> None:
+    attention = pytest.importorskip("benchmarks.e2e_attention", reason="needs Triton")
+    queries, cache = torch.empty(2, 1, 4, 64), torch.empty(2, 9, 4, 64)
+    with pytest.raises(ValueError, match=r"cache is .* its heads must lie side by side"):
+        attention.attend_one(queries, cache.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ValueError, match=r"queries are .* must be contiguous"):
+        attention.attend_one(torch.empty(2, 1, 64, 4).transpose(2, 3), cache)
+
+
+def test_attention_makes_no_counters_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = pytest.importorskip("benchmarks.e2e_attention", reason="needs Triton")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call it once for these sizes before it is captured"):
+        attention.counters(977, torch.device("cpu"))
 
 
 def test_a_step_that_does_not_fill_its_cache_is_found() -> None:

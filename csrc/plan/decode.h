@@ -17,9 +17,9 @@ struct DecodeTile {
 
   // Whether weights are scaled before they are multiplied, rather than the sums of groups of `period` columns
   // after, which for a thread is tokens / 2 * step_k() / period multiplications a step: from 7 on, as measured;
-  // with groups of 32 from 16 tokens on (dense: 4), since sums have to be waited for so often. (us, sums and weights, H200.
-  // Groups of 128: 27.0 and 25.4 at 4096 x 14336, M = 128; 16.8 and 17.3 at 8192 x 8192, M = 64, but 14.1 and 13.1
-  // where 2:4. Groups of 32: 13.0 and 12.4, M = 24; 11.4 and 11.1, M = 16.)
+  // with groups of 32 from 16 tokens on (dense: 4), since sums have to be waited for so often. (us, sums and
+  // weights, H200. Groups of 128: 27.0 and 25.4 at 4096 x 14336, M = 128; 16.8 and 17.3 at 8192 x 8192, M = 64, but
+  // 14.1 and 13.1 where 2:4. Groups of 32, 8192 x 8192: 13.0 and 12.4, M = 24; 11.4 and 11.1, M = 16.)
   constexpr bool scales_weights(int period) const {
     return tokens / 2 * step_k() >= 7 * period || (period == 32 && tokens >= 16);
   }
