@@ -92,9 +92,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocksPerSm)
   }
   if (threadIdx.x >= S::kConsumers) {
     ptx::give_registers<S::kHelperRegisters>();
-    if (helper == 0) producer.copy_weights();
-    if (helper == 1) producer.copy_input();
-    if (helper == 2) producer.copy_scales();
+    // By a shuffle, so that the compiler keeps it.
+    const uint32_t kept = S::kKeepsBase ? __shfl_sync(0xffffffffu, base, 0) : base;
+    const DecodeProducer<Element, S> copies{p, kept, {kept + S::kBarriersAt}};
+    if (helper == 0) copies.copy_weights();
+    if (helper == 1) copies.copy_input();
+    if (helper == 2) copies.copy_scales();
     if (pairs) ptx::cluster_wait();
     if constexpr (S::kHasFinisher) {
       if (helper == 3) finish_tiles<Element, S>(p, base, barriers);

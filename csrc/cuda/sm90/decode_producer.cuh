@@ -14,7 +14,7 @@ struct DecodeProducer {
 
   const DecodeParams<Element>& p;
   uint32_t shared;
-  const DecodeBarriers<S>& barriers;
+  DecodeBarriers<S> barriers;
 
   // A tile's weights that are still to be copied.
   struct Weights {
