@@ -41,8 +41,9 @@ struct DecodeShape {
   // and 128 by 1 to 2%. (H200)
   static constexpr bool kPlainLoop = kSparse ? kTokens <= 80 : kTokens <= 48 || kTokens > 112;
   // Whether the producers keep the block's base in a register that the compiler knows to be the same in the whole warp,
-  // or ask for it anew for every copy. 2:4 kernels are faster so, by 1% up to 8 tokens and 2% with 96; with 16 to 64 by
-  // nothing. Dense ones are 2 to 5% slower up to 16 tokens: their weights are asked for before the activations. (H200)
+  // or ask for it anew for every copy. 2:4 kernels are faster so, by 1% up to 8 tokens and 2% with 96. Together with a
+  // shorter loop others were not, with 16 to 64 tokens; and dense ones 2 to 5% slower, up to 16, as their weights were
+  // then asked for before the activations. (H200)
   static constexpr bool kKeepsBase = kSparse && (kTokens <= 8 || kTokens == 96);
   static constexpr int kStages = kTile.stages(kPeriod), kInputStages = kInputStages_;
   static constexpr int kFirstStages = kTile.most_first_stages(kPeriod);
